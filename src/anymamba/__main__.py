@@ -1,0 +1,5 @@
+import sys
+
+from anymamba.cli import main
+
+sys.exit(main())

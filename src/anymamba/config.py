@@ -1,0 +1,105 @@
+"""Model configuration: one frozen dataclass, presets of the published sizes, no key accepted that is not known.
+
+Axis letters used throughout: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, v vocabulary.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from anymamba.errors import AnymambaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """A Mamba language model or feature model (Gu & Dao 2023, arXiv 2312.00752; letters are the paper's).
+
+    `vocab_size=None` makes a model without token embedding and head: features in, hidden states out.
+    Raises AnymambaError for an impossible size.
+    """
+
+    vocab_size: int | None = 257  # V: as the tokenizer has it; the embedding is padded, see padded_vocab_size
+    d_model: int = 256  # D: width of the residual stream
+    n_layer: int = 4  # number of blocks
+    d_state: int = 16  # N: state entries per channel
+    d_conv: int = 4  # W: width of the causal convolution
+    expand: int = 2  # E: d_inner = E·D
+    dt_rank: int | None = None  # R: rank of the Δ projection; None: ceil(D / 16)
+    conv_bias: bool = True
+    bias: bool = False  # of in_proj and out_proj
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # head = embedding
+    residual_in_fp32: bool = True
+    pad_vocab_size_multiple: int = 8
+    dt_min: float = 1e-3  # initial step sizes Δ are log-uniform in [dt_min, dt_max] …
+    dt_max: float = 1e-1
+    dt_init_floor: float = 1e-4  # … and at least this
+    dt_scale: float = 1.0  # scale of dt_proj's initial weight
+    initializer_range: float = 0.02  # standard deviation of the embedding
+
+    def __post_init__(self):
+        for name in ("d_model", "n_layer", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
+            _positive(name, getattr(self, name))
+        for name in ("vocab_size", "dt_rank"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+
+    @property
+    def d_inner(self) -> int:
+        """E·D, channels of the SSM."""
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        """R with the default filled in."""
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up, because aligned matrices are faster."""
+        multiple = self.pad_vocab_size_multiple
+        return -(-(self.vocab_size or 0) // multiple) * multiple
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; unknown names are refused."""
+        return type(self).from_dict(dataclasses.asdict(self) | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The config of a dict as `to_dict` gives it. Raises AnymambaError for a key that does not exist."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise AnymambaError(f"unknown config key {key!r}: {hint}known keys are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A named size, see PRESETS; keyword arguments override its fields."""
+        if name not in PRESETS:
+            raise AnymambaError(f"unknown preset {name!r}: known presets are {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[name] | changes)
+
+
+def _positive(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AnymambaError(f"config: {name}={value!r}, but it must be a whole number of at least 1")
+
+
+_PILE = {"vocab_size": 50277, "pad_vocab_size_multiple": 8}  # the GPT-NeoX tokenizer, padded to 50280
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 128, "n_layer": 4},
+    "small": {"d_model": 256, "n_layer": 8},
+    "130m": {"d_model": 768, "n_layer": 24, **_PILE},
+    "370m": {"d_model": 1024, "n_layer": 48, **_PILE},
+    "790m": {"d_model": 1536, "n_layer": 48, **_PILE},
+    "1.4b": {"d_model": 2048, "n_layer": 48, **_PILE},
+    "2.8b": {"d_model": 2560, "n_layer": 64, **_PILE},
+}

@@ -1,0 +1,1 @@
+"""Fast versions of the functions in `reference/`, one op a file. They import nothing of the package."""

@@ -1,0 +1,321 @@
+"""A 16-lane float32 vector type for Numba kernels.
+
+Why: a selective scan is one exponential and three multiply-adds per state element, so it runs at the speed of
+the vector units or not at all. LLVM's loop vectoriser needs proofs (no aliasing, unit strides) that NumPy arrays
+cannot give; a vector *type* needs none. `<16 x float>` is one AVX-512 register, two AVX2 or four NEON registers:
+LLVM splits it to whatever the machine has, so the same source is fast on every CPU.
+
+Storage types: float32 arrays hold float32, int16 arrays hold bfloat16 bits, uint16 arrays hold float16 bits.
+Arithmetic is always float32.
+"""
+
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+VF, VI, VH, VB = (ir.VectorType(t, LANES) for t in (F32, I32, I16, ir.IntType(1)))
+
+
+class VecType(types.Type):
+    """Numba type of 16 float32 lanes."""
+
+    def __init__(self):
+        super().__init__(name="f32x16")
+
+
+vec = VecType()
+
+
+@register_model(VecType)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, VF)
+
+
+def _const(element_type, value):
+    return ir.Constant(ir.VectorType(element_type, LANES), [value] * LANES)
+
+
+def _splat(builder, scalar):
+    one = builder.insert_element(ir.Constant(VF, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(VF, ir.Undefined), _const(I32, 0))
+
+
+def _as_vec(context, builder, value, ty):
+    if isinstance(ty, VecType):
+        return value
+    return _splat(builder, context.cast(builder, value, ty, types.float32))
+
+
+def _llvm(builder, name, args, ret=VF):
+    fnty = ir.FunctionType(ret, [a.type for a in args])
+    fn = builder.module.globals.get(name) or ir.Function(builder.module, fnty, name)
+    return builder.call(fn, args)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def _binary(op, instruction):
+    @intrinsic
+    def impl(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            x, y = (_as_vec(context, builder, v, t) for v, t in zip(args, sig.args, strict=True))
+            return getattr(builder, instruction)(x, y)
+
+        return vec(a, b), codegen
+
+    @overload(op, inline="always")
+    def _(a, b):
+        if isinstance(a, VecType) or isinstance(b, VecType):
+            return lambda a, b: impl(a, b)
+
+
+for _op, _instruction in [
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+]:
+    _binary(_op, _instruction)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a·b + c, rounded once; scalars are broadcast."""
+
+    def codegen(context, builder, sig, args):
+        return _llvm(
+            builder,
+            f"llvm.fma.v{LANES}f32",
+            [_as_vec(context, builder, v, t) for v, t in zip(args, sig.args, strict=True)],
+        )
+
+    return vec(a, b, c), codegen
+
+
+@intrinsic
+def splat(typingctx, a):
+    """The same scalar in every lane."""
+    return vec(a), lambda context, builder, sig, args: _as_vec(context, builder, args[0], sig.args[0])
+
+
+def _select(predicate):
+    @intrinsic
+    def impl(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            x, y = (_as_vec(context, builder, v, t) for v, t in zip(args, sig.args, strict=True))
+            # `y < x ? y : x` is false for NaN in x, so a NaN passes through: a bad input stays visible.
+            return builder.select(builder.fcmp_ordered(predicate, y, x), y, x)
+
+        return vec(a, b), codegen
+
+    return impl
+
+
+minimum, maximum = _select("<"), _select(">")
+
+
+@intrinsic
+def absolute(typingctx, a):
+    return vec(a), lambda context, builder, sig, args: _llvm(builder, f"llvm.fabs.v{LANES}f32", args)
+
+
+@intrinsic
+def hsum(typingctx, a):
+    """Sum of the lanes, pairwise and therefore in one fixed order."""
+
+    def codegen(context, builder, sig, args):
+        v = args[0]
+        width = LANES
+        while width > 1:
+            width //= 2
+            halves = [
+                builder.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, width), [first + k for k in range(width)]))
+                for first in (0, width)
+            ]
+            v = builder.fadd(*halves)
+        return builder.extract_element(v, ir.Constant(I32, 0))
+
+    return types.float32(a), codegen
+
+
+@intrinsic
+def _shift_to_exponent(typingctx, a):
+    """The float's bits shifted left by 23: turns the low bits of a magic-number sum into a float's exponent."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(builder.shl(builder.bitcast(args[0], VI), _const(I32, 23)), VF)
+
+    return vec(a), codegen
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def _lane_mask(builder, count):
+    lanes = ir.Constant(VI, list(range(LANES)))
+    n = builder.insert_element(ir.Constant(VI, ir.Undefined), count, ir.Constant(I32, 0))
+    n = builder.shuffle_vector(n, ir.Constant(VI, ir.Undefined), _const(I32, 0))
+    return builder.icmp_signed("<", lanes, n)
+
+
+def _pointer(context, builder, ty, value, index):
+    """Address of an element of a typed pointer or of a 1-d array."""
+    if isinstance(ty, types.Array):
+        value = context.make_array(ty)(context, builder, value).data
+    return builder.gep(value, [index], source_etype=_ELEMENT[ty.dtype])
+
+
+_ELEMENT = {types.float32: F32, types.int16: I16, types.uint16: I16}
+
+
+def _widen(builder, v, dtype):
+    if dtype == types.float32:
+        return v
+    if dtype == types.int16:  # bfloat16 is the upper half of a float32
+        return builder.bitcast(builder.shl(builder.zext(v, VI), _const(I32, 16)), VF)
+    return builder.fpext(builder.bitcast(v, ir.VectorType(ir.HalfType(), LANES)), VF)
+
+
+def _narrow(builder, v, dtype):
+    if dtype == types.float32:
+        return v
+    if dtype == types.uint16:
+        return builder.bitcast(builder.fptrunc(v, ir.VectorType(ir.HalfType(), LANES)), VH)
+    bits = builder.bitcast(v, VI)  # round to nearest even; a NaN keeps its payload's top bits, and is made quiet
+    odd = builder.and_(builder.lshr(bits, _const(I32, 16)), _const(I32, 1))
+    rounded = builder.add(builder.add(bits, odd), _const(I32, 0x7FFF))
+    quiet = builder.or_(bits, _const(I32, 0x400000))
+    is_nan = builder.fcmp_unordered("uno", v, v)
+    return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _const(I32, 16)), VH)
+
+
+@intrinsic
+def load(typingctx, arr, index, count):
+    """16 elements of a 1-d array from `index` on; lanes from `count` on read as 0 and touch no memory."""
+    element = _ELEMENT[arr.dtype]
+    vt = ir.VectorType(element, LANES)
+
+    def codegen(context, builder, sig, args):
+        index_, count_ = (context.cast(builder, args[k], sig.args[k], types.int64) for k in (1, 2))
+        p = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], index_), vt.as_pointer())
+        full = builder.icmp_signed(">=", count_, ir.Constant(ir.IntType(64), LANES))
+        out = builder.alloca(vt)
+        with builder.if_else(full, likely=True) as (then, other):
+            with then:
+                ins = builder.load(p)
+                ins.align = 2
+                builder.store(ins, out)
+            with other:
+                zero = ir.Constant(vt, [0.0 if element is F32 else 0] * LANES)
+                mask = _lane_mask(builder, builder.trunc(count_, I32))
+                name = f"llvm.masked.load.v{LANES}{'f32' if element is F32 else 'i16'}.p0"
+                builder.store(_llvm(builder, name, [p, ir.Constant(I32, 2), mask, zero], vt), out)
+        return _widen(builder, builder.load(out), sig.args[0].dtype)
+
+    return vec(arr, index, count), codegen
+
+
+@intrinsic
+def store(typingctx, arr, index, value, count):
+    """Write the first `count` lanes to a 1-d array from `index` on, rounded to nearest even for 16-bit storage."""
+    element = _ELEMENT[arr.dtype]
+    vt = ir.VectorType(element, LANES)
+
+    def codegen(context, builder, sig, args):
+        index_, count_ = (context.cast(builder, args[k], sig.args[k], types.int64) for k in (1, 3))
+        p = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], index_), vt.as_pointer())
+        v = _narrow(builder, args[2], sig.args[0].dtype)
+        full = builder.icmp_signed(">=", count_, ir.Constant(ir.IntType(64), LANES))
+        with builder.if_else(full, likely=True) as (then, other):
+            with then:
+                ins = builder.store(v, p)
+                ins.align = 2
+            with other:
+                mask = _lane_mask(builder, builder.trunc(count_, I32))
+                name = f"llvm.masked.store.v{LANES}{'f32' if element is F32 else 'i16'}.p0"
+                _llvm(builder, name, [v, p, ir.Constant(I32, 2), mask], ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(arr, index, value, count), codegen
+
+
+@intrinsic
+def prefetch(typingctx, arr, index):
+    """Ask for the cache line of an element that will be needed soon; any index is safe."""
+
+    def codegen(context, builder, sig, args):
+        index_ = context.cast(builder, args[1], sig.args[1], types.int64)
+        p = _pointer(context, builder, sig.args[0], args[0], index_)
+        hint = [ir.Constant(I32, k) for k in (0, 3, 1)]  # read, keep, data
+        _llvm(builder, "llvm.prefetch.p0", [p, *hint], ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(arr, index), codegen
+
+
+@intrinsic
+def keep_apart(typingctx):
+    """Keep LLVM from inlining the function that calls this. An inner loop in a function of its own has the
+    registers to itself; inlined into a large one, its constants are re-read from memory at every step (2x slower).
+    """
+
+    def codegen(context, builder, sig, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# ---- functions -------------------------------------------------------------------------------------------------
+
+LOG2E = np.float32(1.4426950408889634)
+_MAGIC = np.float32(1.5 * 2**23 + 127)  # adding it rounds to an integer k and leaves k + 127 in the low bits
+
+
+@njit(forceinline=True)
+def exp2(x):
+    """2^x, relative error 1e-7 (about one unit in the last place), for every lane; 0 at -inf, NaN stays NaN."""
+    x = minimum(maximum(x, np.float32(-126.0)), np.float32(127.49))
+    t = x + _MAGIC
+    f = x - (t - _MAGIC)  # in [-1/2, 1/2]
+    # minimax polynomial of 2^f of degree 6 with p(0) = 1
+    p = fma(f, splat(np.float32(1.5353362e-4)), np.float32(1.3398874e-3))
+    p = fma(p, f, np.float32(9.6184373e-3))
+    p = fma(p, f, np.float32(5.5503324e-2))
+    p = fma(p, f, np.float32(2.4022648e-1))
+    p = fma(p, f, np.float32(6.9314718e-1))
+    p = fma(p, f, np.float32(1.0))
+    return p * _shift_to_exponent(t)
+
+
+@njit(forceinline=True)
+def exp(x):
+    return exp2(x * LOG2E)
+
+
+@njit(forceinline=True)
+def sigmoid(x):
+    return splat(np.float32(1.0)) / (exp2(x * -LOG2E) + np.float32(1.0))
+
+
+@njit(forceinline=True)
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|, by the series of 2·artanh(u / (2 + u))."""
+    u = exp2(absolute(x) * -LOG2E)
+    s = u / (u + np.float32(2.0))
+    q = s * s
+    p = fma(q, splat(np.float32(2.0 / 15)), np.float32(2.0 / 13))
+    p = fma(p, q, np.float32(2.0 / 11))
+    p = fma(p, q, np.float32(2.0 / 9))
+    p = fma(p, q, np.float32(2.0 / 7))
+    p = fma(p, q, np.float32(2.0 / 5))
+    p = fma(p, q, np.float32(2.0 / 3))
+    p = fma(p, q, np.float32(2.0))
+    return fma(p, s, maximum(x, np.float32(0.0)))

@@ -1,0 +1,66 @@
+"""The Mamba mixer (arXiv 2312.00752, section 3.4, figure 3).
+
+Axes: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, s sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anymamba.config import MambaConfig
+from anymamba.ops import causal_conv1d, selective_scan
+from anymamba.state import LayerState
+
+
+class StepProjection(nn.Linear):
+    """The linear layer from rank r to the step sizes. Its bias is added inside the scan, in float32, not here.
+
+    Still a Linear that is called, so that adapters (LoRA) on it work.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class MambaMixer(nn.Module):
+    """Mixes along time: (b,t,m) → (b,t,m). Parameter names and shapes are those of the published checkpoints."""
+
+    def __init__(self, config: MambaConfig, device=None, dtype=None):
+        super().__init__()
+        m, d, n, r, w = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
+        kw = {"device": device, "dtype": dtype}
+        self.config = config
+        self.in_proj = nn.Linear(m, 2 * d, bias=config.bias, **kw)  # rows [x; z]
+        self.conv1d = nn.Conv1d(d, d, w, groups=d, bias=config.conv_bias, **kw)  # holds weights; `ops` convolves
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False, **kw)  # rows [dt; B; C]
+        self.dt_proj = StepProjection(r, d, bias=True, **kw)
+        self.A_log = nn.Parameter(torch.empty(d, n, device=device))  # A = -exp(A_log), always float32
+        self.D = nn.Parameter(torch.empty(d, device=device))
+        self.out_proj = nn.Linear(d, m, bias=config.bias, **kw)
+
+    def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None):
+        """u (b,t,m) → y (b,t,m) and the new LayerState. `cu_seqlens` as in `ops.selective_scan`."""
+        conv_state, ssm_state = state if state is not None else (None, None)
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x, conv_state = causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
+            initial_state=conv_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        # what makes it selective: step size, input and output matrices depend on the input
+        dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
+        y, ssm_state = selective_scan(
+            x, self.dt_proj(dt), -torch.exp(self.A_log.float()), B, C, self.D, z,
+            dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return self.out_proj(y), LayerState(conv_state, ssm_state)
+
+    def _apply(self, fn, recurse=True):
+        # model.bfloat16() must not round A, D and the step bias: errors in A compound over the whole text
+        keep = {id(self.A_log), id(self.D), id(self.dt_proj.bias)}
+
+        def convert(v):
+            out = fn(v)
+            lowered = id(v) in keep and out.dtype in (torch.bfloat16, torch.float16)
+            return v.to(out.device) if lowered else out
+
+        return super()._apply(convert, recurse)

@@ -1,0 +1,281 @@
+"""MambaLM: embedding, a stack of blocks, a norm, a head. One forward body for training, prefill and decoding.
+
+Axes: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, v padded vocabulary, s sequences.
+"""
+
+import hashlib
+import json
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anymamba.config import MambaConfig
+from anymamba.errors import AnymambaError
+from anymamba.layers import Block, MambaMixer, RMSNorm
+from anymamba.padding import pack, unpack
+from anymamba.state import MambaState
+
+
+class MambaOutput(NamedTuple):
+    """What a forward pass gives. `loss` is None without labels, `logits` None for a model without a head."""
+
+    logits: Tensor | None  # (b,t,v), or (b,1,v) with last_only
+    state: MambaState  # after each row's last token
+    loss: Tensor | None  # mean cross-entropy in nats a token
+    hidden: Tensor  # (b,t,m) after the final norm
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the final norm, named as in the published checkpoints."""
+
+    def __init__(self, config: MambaConfig, device=None, dtype=None):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        if config.vocab_size is not None:
+            self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **kw)
+        self.layers = nn.ModuleList(Block(config, **kw) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps, **kw)
+
+
+class MambaLM(nn.Module):
+    """A Mamba model of arXiv 2312.00752. Without a vocabulary it maps features (b,t,m) to hidden states (b,t,m)."""
+
+    def __init__(self, config: MambaConfig, *, device=None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # recompute each block in backward: memory of one block instead of all
+        self.backbone = Backbone(config, device=device, dtype=dtype)
+        if config.vocab_size is not None:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def forward(self, ids: Tensor | None = None, state: MambaState | None = None, lengths: Tensor | None = None,
+                cu_seqlens: Tensor | None = None, *, embeddings: Tensor | None = None, labels: Tensor | None = None,
+                padding_side: str = "right", last_only: bool = False) -> MambaOutput:  # fmt: skip
+        """Read tokens and go on from `state`. Reading in pieces, of any sizes, gives what reading at once gives.
+
+        Args:
+            ids: (b,t) token ids, or `embeddings` (b,t,m) in their place.
+            state: of an earlier call, s rows; None starts anew.
+            lengths: (b,) tokens of each row; the others are padding on `padding_side` ("right" or "left") and change
+                nothing: hidden states and logits there are 0.
+            cu_seqlens: (s+1,) offsets of s sequences laid end to end in one row (b = 1).
+            labels: (b,t) for each position the token that should follow; -100 is not counted. Gives `loss`.
+            last_only: logits of each row's last token only, (b,1,v) (with cu_seqlens of each sequence's, (1,s,v));
+                NaN for a row that has none.
+
+        Raises AnymambaError for ids outside the vocabulary, shapes that do not fit, or a state of another shape.
+        """
+        x = self._embed(ids, embeddings)
+        b, t = x.shape[:2]
+        if lengths is not None and cu_seqlens is not None:
+            raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
+        self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
+        index = None
+        if lengths is not None:
+            x, cu_seqlens, index = pack(x, lengths, padding_side)
+        x, state = self._blocks(x, state, cu_seqlens)
+        x = self.backbone.norm_f(x)
+
+        last = self._last(x, cu_seqlens, index) if last_only else None
+        if index is not None:
+            x = unpack(x, index, b, t)
+        logits = self._head(x if last is None else last)
+        loss = None
+        if labels is not None:
+            full = logits if last is None else self._head(x)
+            loss = F.cross_entropy(full.flatten(0, 1).float(), labels.flatten())
+        return MambaOutput(logits, state, loss, x)
+
+    def _embed(self, ids, embeddings):
+        if (ids is None) == (embeddings is None):
+            raise AnymambaError("give ids (b,t) or embeddings (b,t,m), one of the two")
+        if ids is None:
+            if embeddings.dim() != 3 or embeddings.shape[2] != self.config.d_model:
+                raise AnymambaError(
+                    f"embeddings are {tuple(embeddings.shape)}, but must be (b,t,{self.config.d_model})"
+                )
+            x = embeddings
+        else:
+            self._check_ids(ids)
+            x = self.backbone.embedding(ids)
+        return x.float() if self.config.residual_in_fp32 and x.dtype != torch.float64 else x
+
+    def _blocks(self, x, state, cu_seqlens):
+        layers = []
+        for i, block in enumerate(self.backbone.layers):
+            before = None if state is None else state.layers[i]
+            if self.recompute and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, cu_seqlens, use_reentrant=False)
+            else:
+                x, after = block(x, before, cu_seqlens)
+            layers.append(after)
+        if cu_seqlens is None:
+            read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        else:
+            read = cu_seqlens.diff().to(x.device, torch.int64)
+        return x, MambaState(tuple(layers), read if state is None else state.seen + read)
+
+    def _head(self, x):
+        return self.lm_head(x) if self.config.vocab_size is not None else None
+
+    def _last(self, x, cu_seqlens, index):
+        """Hidden state of each row's last token (b,1,m), or (1,s,m) for packed sequences."""
+        if cu_seqlens is None:
+            return x[:, -1:]
+        last = cu_seqlens.to(x.device, torch.int64)[1:] - 1
+        rows = x[0].index_select(0, last.clamp(min=0))
+        rows = rows.masked_fill((cu_seqlens.diff() == 0).to(x.device)[:, None], math.nan)
+        return rows[:, None] if index is not None else rows[None]
+
+    # ---- checks ----
+
+    def _check_ids(self, ids):
+        if self.config.vocab_size is None:
+            raise AnymambaError("this model has no vocabulary; give embeddings (b,t,m)")
+        if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] == 0:
+            raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch, seqlen ≥ 1)")
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":
+            return  # looking would stop the device; the embedding itself refuses there
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.padded_vocab_size:
+            bad = low if low < 0 else high
+            raise AnymambaError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: was the text "
+                                "encoded with another tokenizer?")  # fmt: skip
+
+    def _check_state(self, state, rows):
+        if state is None:
+            return
+        config = self.config
+        want = (rows, config.d_inner, config.d_state)
+        got = tuple(state.layers[0].ssm.shape)
+        if len(state.layers) != config.n_layer or got != want:
+            raise AnymambaError(
+                f"the state has {len(state.layers)} layers of (rows, d_inner, d_state) = {got}, but this input and "
+                f"model need {config.n_layer} of {want}; use state.select or fork for other rows"
+            )
+
+    # ---- parameters ----
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.norm_f.weight.device
+
+    def tie_weights(self) -> None:
+        if self.config.vocab_size is not None and self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter, as the published models were.
+
+        | parameter | value |
+        |---|---|
+        | embedding (= head if tied) | N(0, 0.02²) |
+        | in_proj, x_proj, untied head | U(±1/√fan_in) |
+        | out_proj | U(±1/√fan_in) / √n_layer, so that the residual stream does not grow with depth |
+        | conv1d weight, bias | U(±1/√w) |
+        | dt_proj.weight | U(±dt_scale/√r) |
+        | dt_proj.bias | softplus⁻¹(Δ), Δ log-uniform in [dt_min, dt_max], at least dt_init_floor |
+        | A_log | log(1 … n) in every channel (S4D-Real) |
+        | D, norms | 1 |
+        | biases of in_proj, out_proj | 0 |
+        """
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, config.initializer_range)
+            elif isinstance(module, MambaMixer):
+                _init_mixer(module, config)
+        if config.vocab_size is not None and not config.tie_embeddings:
+            _uniform(self.lm_head.weight, config.d_model**-0.5)
+
+    def param_groups(self, weight_decay: float = 0.1) -> list[dict]:
+        """Two optimizer groups: matrices with weight decay; A_log, D, biases and norms without.
+
+        A_log and the step bias set how long the model remembers: pulling them to 0 makes it forget.
+        """
+        decay, free = [], []
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                (free if p.dim() < 2 or name.endswith("A_log") else decay).append(p)
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Number of parameters (shared ones once); `embedding=False` leaves embedding and head out."""
+        skip = () if embedding else ("backbone.embedding.", "lm_head.")
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(skip or ("\0",)))
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a forward pass a token; forward and backward take about three times that.
+
+        Two an entry of each matrix, 2w a channel for the convolution, 9 a state entry for the scan (the paper's
+        appendix D counts 9·b·t·d·n).
+        """
+        c = self.config
+        d, m = c.d_inner, c.d_model
+        matrices = m * 2 * d + d * (c.rank + 2 * c.d_state) + c.rank * d + d * m
+        return c.n_layer * (2 * matrices + 2 * c.d_conv * d + 9 * d * c.d_state) + 2 * m * c.padded_vocab_size
+
+    def bytes_per_step(self, batch_size: int = 1) -> int:
+        """Bytes that decoding one token for every row must move: all weights once, the state read and written."""
+        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        return weights + 2 * MambaState.zeros(self.config, batch_size, dtype=self.backbone.norm_f.weight.dtype).nbytes
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Names this model: its sizes and a hash of its config and of a sample of its weights.
+
+        The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
+        """
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, p in sorted(self.named_parameters()):
+            sample = p.flatten()[:: max(1, p.numel() // 64)]
+            digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
+        c = self.config
+        return f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.vocab_size} {digest.hexdigest()[:12]}"
+
+    # ---- files: handed over to the room above ----
+
+    def save_pretrained(self, folder) -> None:
+        """Write `model.safetensors` and `config.json` to a folder; see `anymamba.checkpoint.save`."""
+        from anymamba.checkpoint import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder, *, device=None, dtype: torch.dtype | None = None) -> "MambaLM":
+        """Load a model from a folder; see `anymamba.checkpoint.load`."""
+        from anymamba.checkpoint import load
+
+        return load(folder, device=device, dtype=dtype)
+
+
+def _uniform(p, bound):
+    p.uniform_(-bound, bound)
+
+
+def _init_mixer(mixer: MambaMixer, c: MambaConfig) -> None:
+    d, n, r = c.d_inner, c.d_state, c.rank
+    _uniform(mixer.in_proj.weight, c.d_model**-0.5)
+    _uniform(mixer.x_proj.weight, d**-0.5)
+    _uniform(mixer.out_proj.weight, d**-0.5 / math.sqrt(c.n_layer))
+    _uniform(mixer.conv1d.weight, c.d_conv**-0.5)
+    if c.conv_bias:
+        _uniform(mixer.conv1d.bias, c.d_conv**-0.5)
+    if c.bias:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
+    _uniform(mixer.dt_proj.weight, c.dt_scale * r**-0.5)
+    low, high = math.log(c.dt_min), math.log(c.dt_max)
+    dt = torch.exp(torch.rand(d, device=mixer.D.device) * (high - low) + low).clamp(min=c.dt_init_floor)
+    mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    mixer.A_log.copy_(torch.log(torch.arange(1, n + 1, dtype=torch.float32)).expand(d, n))
+    mixer.D.fill_(1)

@@ -1,0 +1,238 @@
+"""The door to every kernel: checks arguments once, picks the backend and says why, registers with torch.
+
+| op | reference | numba (CPU) |
+|---|---|---|
+| `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py |
+| `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py |
+
+Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
+Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
+"""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from anymamba import reference
+from anymamba.errors import AnymambaError
+from anymamba.registration import check_bounds
+
+BACKENDS = ("reference", "numba")
+
+
+# ---- which backend runs ----------------------------------------------------------------------------------------
+
+
+_numba_state: list[str | None] = []  # filled at first use; a plain list, which torch.compile can read
+
+
+def _numba_missing() -> str | None:
+    """Why the Numba kernels cannot run here, or None."""
+    if not _numba_state:
+        _numba_state.append(_try_numba())
+    return _numba_state[0]
+
+
+def _try_numba() -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install numba)"
+    try:
+        from anymamba.kernels import numba_conv, numba_scan  # noqa: F401
+    except Exception as error:  # a broken install must not look like a missing one: say what happened
+        return f"numba is installed but does not work: {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """(backend, reason): what runs the ops for tensors of this device and dtype when `backend` is None."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return "reference", f"there is no kernel for {device.type} yet; the plain torch loop is right but slow"
+    if dtype == torch.float64:
+        return "reference", "float64 is computed by the reference; kernels compute in float32"
+    if (missing := _numba_missing()) is not None:
+        return "reference", missing
+    return "numba", "CPU kernels compiled by Numba"
+
+
+def _choose(backend: str | None, x: Tensor) -> str:
+    if backend is None:
+        name, reason = explain(x.device, x.dtype)
+        if name == "reference" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+            _warn_once(f"anymamba runs its slow reference on {x.device.type}: {reason}. See `anymamba doctor`.")
+        return name
+    if backend not in BACKENDS:
+        raise AnymambaError(f"backend={backend!r} does not exist: choose one of {', '.join(BACKENDS)}, or None")
+    if backend == "numba" and (x.device.type != "cpu" or x.dtype == torch.float64 or _numba_missing()):
+        why = _numba_missing() or f"it takes CPU tensors up to 32 bits, and x is {x.dtype} on {x.device}"
+        raise AnymambaError(f"backend='numba' cannot run here: {why}. Use backend=None")
+    return backend
+
+
+# ---- public functions ------------------------------------------------------------------------------------------
+
+
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                   z: Tensor | None = None, *, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+                   initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                   backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The selective scan of Mamba (arXiv 2312.00752, equation 2 with Δ, B, C depending on time).
+
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t;   y_t = (C_t · h_t + D x_t) · silu(z_t)
+
+    Args:
+        x: (b,t,d) input; float32, bfloat16, float16 or float64.
+        dt: (b,t,d) step size Δ, raw if `dt_softplus`: Δ = softplus(dt + dt_bias).
+        A: (d,n) negative for a state that decays.
+        B, C: (b,t,n), (b,t,g,n) with d divisible by g, or constant in time (d,n).
+        D: (d,) skip, z: (b,t,d) gate, dt_bias: (d,).
+        initial_state: (s,d,n) float32; zeros if None.
+        cu_seqlens: (s+1,) integers 0 … t: the one row (b = 1) holds s sequences end to end; s = b without it.
+        backend: None chooses (`explain` says what and why); "reference", "numba" force.
+
+    Returns y (b,t,d) in x's dtype and final_state (s,d,n) in float32 (float64 for float64 inputs).
+    Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
+    """
+    _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+    if _choose(backend, x) == "reference":
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, x.shape[1])
+        return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+                                        initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
+    common = functools.reduce(torch.promote_types, [v.dtype for v in (dt, z) if v is not None], x.dtype)
+    common = torch.float32 if common == torch.float64 else common
+    real = torch.float32
+    tensors = [x.to(common), dt.to(common), A.to(real), B.to(real), C.to(real), _to(D, real), _to(z, common),
+               _to(dt_bias, real), _to(initial_state, real)]  # fmt: skip
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    *inputs, h0 = tensors
+    y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save)
+    return y.to(x.dtype), final_state
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
+                  initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                  backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Depthwise causal convolution over time: y_t = act(Σ_k weight[:,k] x_{t-w+1+k} + bias).
+
+    Args:
+        x: (b,t,d); weight: (d,w); bias: (d,); activation: None or "silu".
+        initial_state: (s,d,w-1) inputs before the first, zeros if None. cu_seqlens, backend: as `selective_scan`.
+
+    Returns y (b,t,d) and final_state (s,d,w-1), the last w-1 inputs, both in x's dtype.
+    Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
+    """
+    _check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
+    if _choose(backend, x) == "reference":
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, x.shape[1])
+        return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state,
+                                       cu_seqlens=cu_seqlens)  # fmt: skip
+    real, silu = torch.float32, activation == "silu"
+    weight, bias, h0 = weight.to(real), _to(bias, real), _to(initial_state, real)
+    y, final_state = torch.ops.anymamba.causal_conv1d(x, weight, bias, silu, h0, cu_seqlens)
+    return y, final_state.to(x.dtype)
+
+
+def selective_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                    z: Tensor | None = None, *, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+                    backend: str | None = None) -> Tensor:  # fmt: skip
+    """One token of `selective_scan`: x, dt, z (b,d); B, C (b,n) or (b,g,n); `state` (b,d,n) is advanced in place.
+
+    Returns y (b,d). Raises AnymambaError for shapes that do not fit.
+    """
+    x, dt, B, C, z = (v if v is None else v.unsqueeze(1) for v in (x, dt, B, C, z))
+    y, h = selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, initial_state=state,
+                          backend=backend)  # fmt: skip
+    state.copy_(h)
+    return y.squeeze(1)
+
+
+def causal_conv1d_step_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+                        activation: str | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
+    """One token of `causal_conv1d`: x (b,d); `state` (b,d,w-1) drops its oldest input and takes x in, in place.
+
+    Returns y (b,d). Raises AnymambaError for shapes that do not fit.
+    """
+    y, new = causal_conv1d(x.unsqueeze(1), weight, bias, activation=activation, initial_state=state, backend=backend)
+    state.copy_(new)
+    return y.squeeze(1)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------
+
+
+def _to(v, dtype):
+    return None if v is None else v.to(dtype)
+
+
+def _fail(op, name, tensor, rule):
+    got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else repr(tensor)
+    raise AnymambaError(f"{op}: {name} is {got}, but {rule}")
+
+
+def _check_common(op, x, cu_seqlens, others):
+    if x.dim() != 3:
+        _fail(op, "x", x, "it must be (batch, seqlen, channels); add the missing axis, for example with x[None]")
+    if not x.is_floating_point():
+        _fail(op, "x", x, "it must be a real floating-point tensor: float32, bfloat16, float16 or float64")
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            _fail(op, "x", x, "with cu_seqlens the sequences lie end to end in one row: batch must be 1")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+            _fail(op, "cu_seqlens", cu_seqlens, "it must be a vector of at least 2 integers: 0 and the sequences' ends")
+    for name, v in others.items():
+        if v is not None and v.device != x.device and name != "cu_seqlens":
+            raise AnymambaError(f"{op}: {name} is on {v.device}, x on {x.device}; move them to one device")
+
+
+def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
+    op = "selective_scan"
+    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    _check_common(op, x, cu_seqlens, others)
+    b, t, d = x.shape
+    if A.dim() != 2 or A.shape[0] != d:
+        _fail(op, "A", A, f"it must be (d, n) with d = {d}, the channels of x {tuple(x.shape)}")
+    if A.is_complex():
+        _fail(op, "A", A, "complex state matrices are not supported; use a real A")
+    n = A.shape[1]
+    for name, v in {"dt": dt, "z": z}.items():
+        if v is not None and v.shape != x.shape:
+            _fail(op, name, v, f"it must have the shape of x, {tuple(x.shape)}")
+    for name, v in {"B": B, "C": C}.items():
+        fits = v.shape in ((b, t, n), (d, n)) or (v.dim() == 4 and v.shape[:2] == (b, t) and v.shape[3] == n)
+        if not fits or (v.dim() == 4 and (v.shape[2] == 0 or d % v.shape[2])):
+            _fail(op, name, v, f"it must be (b,t,n) = {(b, t, n)}, (b,t,g,n) with g a divisor of d = {d}, or (d,n) = {(d, n)}")  # noqa: E501  # fmt: skip
+    if B.dim() == 4 and C.dim() == 4 and B.shape[2] != C.shape[2]:
+        _fail(op, "C", C, f"it must have as many groups as B {tuple(B.shape)}")
+    for name, v in {"D": D, "dt_bias": dt_bias}.items():
+        if v is not None and v.shape != (d,):
+            _fail(op, name, v, f"it must be ({d},), one number a channel of x {tuple(x.shape)}")
+    _check_state(op, initial_state, (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, n), "sequences, d, n")
+
+
+def _check_conv(x, weight, bias, activation, initial_state, cu_seqlens):
+    op = "causal_conv1d"
+    _check_common(op, x, cu_seqlens, {"weight": weight, "bias": bias, "initial_state": initial_state})
+    b, _, d = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d or weight.shape[1] == 0:
+        _fail(op, "weight", weight, f"it must be (d, w) with d = {d}; a torch Conv1d weight (d,1,w) needs .squeeze(1)")
+    if bias is not None and bias.shape != (d,):
+        _fail(op, "bias", bias, f"it must be ({d},)")
+    if activation not in (None, "silu"):
+        _fail(op, "activation", activation, 'it must be None or "silu"')
+    shape = (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, weight.shape[1] - 1)
+    _check_state(op, initial_state, shape, "sequences, d, w - 1")
+
+
+def _check_state(op, state, shape, axes):
+    if state is not None and state.shape != shape:
+        _fail(op, "initial_state", state, f"it must be ({axes}) = {shape}")

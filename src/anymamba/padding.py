@@ -1,0 +1,31 @@
+"""Padded rows ↔ sequences laid end to end. Padding is taken out before the model, so it cannot change anything."""
+
+import torch
+from torch import Tensor
+
+from anymamba.errors import AnymambaError
+
+
+def pack(x: Tensor, lengths: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x (b,t,m) with `lengths` (b,) real entries a row → packed (1,total,m), cu_seqlens (b+1,), index (total,).
+
+    Raises AnymambaError for lengths that do not fit or an unknown side.
+    """
+    b, t, m = x.shape
+    lengths = torch.as_tensor(lengths, device=x.device)
+    if lengths.shape != (b,) or lengths.is_floating_point() or bool(((lengths < 0) | (lengths > t)).any()):
+        raise AnymambaError(f"lengths are {lengths.tolist()}, but must be {b} integers from 0 to {t}, one a row")
+    if side not in ("right", "left"):
+        raise AnymambaError(f'padding_side={side!r}, but it must be "right" or "left"')
+    position = torch.arange(t, device=x.device)
+    real = position < lengths[:, None] if side == "right" else position >= t - lengths[:, None]
+    index = real.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.zeros(b + 1, dtype=torch.int64, device=x.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    return x.reshape(b * t, m).index_select(0, index)[None], cu_seqlens, index
+
+
+def unpack(x: Tensor, index: Tensor, b: int, t: int) -> Tensor:
+    """The inverse of `pack`: (1,total,m) → (b,t,m), zeros where there was padding."""
+    out = x.new_zeros(b * t, x.shape[-1])
+    return out.index_copy(0, index, x[0]).view(b, t, -1)

@@ -1,0 +1,147 @@
+"""What a model has read, as a value: a few tensors of fixed size however long the text was.
+
+Axes: b rows, d d_inner, w d_conv, n d_state.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from anymamba.config import MambaConfig
+from anymamba.errors import AnymambaError
+
+FORMAT = "anymamba-state-1"
+
+
+class LayerState(NamedTuple):
+    """State of one Mamba layer: `conv` (b,d,w-1) its last inputs, `ssm` (b,d,n) float32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class MambaState:
+    """State of a model for b sequences. Immutable: every method returns a new one, so a state can be shared freely."""
+
+    layers: tuple[LayerState, ...]
+    seen: Tensor  # (b,) int64: how many tokens each row has read
+
+    @classmethod
+    def zeros(cls, config: MambaConfig, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> Self:
+        """The state before the first token. `dtype` is that of the activations (the SSM state is float32)."""
+        d, n, w = config.d_inner, config.d_state, config.d_conv
+        layer = lambda: LayerState(  # noqa: E731
+            torch.zeros(batch_size, d, w - 1, device=device, dtype=dtype), torch.zeros(batch_size, d, n, device=device)
+        )
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(tuple(layer() for _ in range(config.n_layer)), seen)
+
+    @property
+    def batch_size(self) -> int:
+        return self.seen.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(v.numel() * v.element_size() for v in (self.seen, *(v for layer in self.layers for v in layer)))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(tuple(LayerState(f(c), f(s)) for c, s in self.layers), f(self.seen))
+
+    def copy(self) -> Self:
+        """A state with storage of its own."""
+        return self._map(torch.clone)
+
+    def detach(self) -> Self:
+        """The same values without history: what truncated backpropagation through time carries on."""
+        return self._map(torch.detach)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Self:
+        """Rows by index, in that order; an index may repeat or be left out.
+
+        Raises AnymambaError for an index that does not exist.
+        """
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.seen.device)
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
+            raise AnymambaError(
+                f"state.select: rows {index.tolist()}, but the state has rows 0 … {self.batch_size - 1}"
+            )
+        return self._map(lambda v: v.index_select(0, index))
+
+    def fork(self, copies: int) -> Self:
+        """Each row `copies` times in a row: many continuations of one text read once."""
+        return self._map(lambda v: v.repeat_interleave(copies, 0))
+
+    @classmethod
+    def cat(cls, states: Iterable[Self]) -> Self:
+        """The rows of several states of one model, one after the other. Raises AnymambaError if shapes differ."""
+        states = list(states)
+        shapes = {tuple((c.shape[1:], s.shape[1:]) for c, s in state.layers) for state in states}
+        if len(shapes) != 1:
+            raise AnymambaError(f"MambaState.cat: {len(states)} states of {len(shapes)} models; states must be of one")
+        layers = tuple(
+            LayerState(*(torch.cat(parts) for parts in zip(*layer, strict=True)))
+            for layer in zip(*(state.layers for state in states), strict=True)
+        )
+        return cls(layers, torch.cat([state.seen for state in states]))
+
+    def to(self, device=None, dtype: torch.dtype | None = None, ssm_dtype: torch.dtype | None = None) -> Self:
+        """Moved to a device; `dtype` for the convolution's inputs, `ssm_dtype` for the SSM state.
+
+        Lower the latter only to save space: the recurrence itself always runs in float32.
+        """
+        layers = tuple(LayerState(c.to(device, dtype), s.to(device, ssm_dtype)) for c, s in self.layers)
+        return type(self)(layers, self.seen.to(device))
+
+    # ---- files ----
+
+    def save(self, path: str | os.PathLike, model) -> None:
+        """Write to a safetensors file, with the fingerprint of the `MambaLM` that read the text. Atomic."""
+        from safetensors.torch import save_file
+
+        tensors = {"seen": self.seen}
+        for i, (conv, ssm) in enumerate(self.layers):
+            tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.ssm": ssm}
+        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            save_file(tensors, part, metadata={"format": FORMAT, "model": model.fingerprint()})
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model) -> Self:
+        """Read a file that `save` wrote, onto the device of `model`.
+
+        Raises AnymambaError if the file is not a state, is damaged, or belongs to another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise AnymambaError(f"no state file at {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(model.device)) as file:
+                meta, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise AnymambaError(f"{path} is not a readable state file ({error}); read the text again") from None
+        if meta.get("format") != FORMAT:
+            found = meta.get("format", "no anymamba format")
+            raise AnymambaError(f"{path} is not an anymamba state: it says {found!r}, expected {FORMAT!r}")
+        if meta.get("model") != model.fingerprint():
+            raise AnymambaError(
+                f"{path} is the state of another model:\n  state of  {meta.get('model')}\n  this is   "
+                f"{model.fingerprint()}\nLoad the model that read the text, or read it again with this one."
+            )
+        count = model.config.n_layer
+        layers = tuple(LayerState(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(count))
+        return cls(layers, tensors["seen"])
