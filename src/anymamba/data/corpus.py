@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from anymamba.errors import AnymambaError
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
 _COMPRESSED = {".xz": lzma.open, ".gz": gzip.open}
 _BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it; it is no text
 _JSONL = (".jsonl", ".ndjson")
@@ -35,7 +35,7 @@ class NotTextError(AnymambaError):
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `pieces` yields it in parts of about a MiB, cut between characters, once; `text` reads it whole."""
+    """One text. `pieces` yields it in parts of some 100 KiB, cut between characters, once; `text` reads it whole."""
 
     name: str
     pieces: Iterable[str]

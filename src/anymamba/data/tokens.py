@@ -25,7 +25,7 @@ from anymamba.errors import AnymambaError
 FORMAT_VERSION = 1
 _META = "tokens.json"
 _PARTS = ("train", "heldout")
-_BATCH_CHARS = 1 << 23  # handed to the tokenizer at once, so that it can use all cores
+_BATCH_CHARS = 1 << 21  # handed to the tokenizer at once: some pieces, so that it can use several cores
 _PEEK = 16  # documents looked at before the split is decided
 
 
