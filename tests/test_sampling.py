@@ -134,6 +134,16 @@ def test_a_row_with_its_own_generator_ignores_its_neighbours():
     assert together.equal(torch.cat(alone))
 
 
+def test_row_generators_depend_on_seed_prompt_and_sample_only():
+    def draws(seed, prompts, n):
+        return [[float(torch.rand((), generator=g)) for g in of] for of in sampling.row_generators(seed, prompts, n)]
+
+    few, many = draws(7, 2, 2), draws(7, 3, 4)
+    assert few == [of[:2] for of in many[:2]]
+    assert len({x for seed in (7, 8) for of in draws(seed, 3, 4) for x in of}) == 24
+    assert draws([7, 7], 2, 2) == [few[0], few[0]]  # a seed for each prompt: its place does not matter
+
+
 def test_the_ends_of_the_unit_interval(monkeypatch):
     logits = of(0.0, 0.3, 0.7, 0.0)
     for u, token in ((0.0, 1), (1.0, 2)):  # 1.0 stands for u · total rounded up

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,12 +190,53 @@ def sample(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator
     else:
         raise AnymambaError(f"sample: {len(generator)} generators for logits of {rows} rows; pass one for each row")
     # The inverse of the distribution function: the first id whose cumulated probability exceeds u.
-    cumulated = logits.double().softmax(-1).cumsum(-1)
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    cumulated = logits.to(dtype).softmax(-1).cumsum(-1)
     total = cumulated[:, -1:].contiguous()
     _require_choice(total > 0, "probabilities")
-    ids = torch.searchsorted(cumulated, u.to(logits.device)[:, None] * total, right=True)
+    ids = torch.searchsorted(cumulated, u[:, None].to(total) * total, right=True)
     last_possible = torch.searchsorted(cumulated, total)  # should u · total round up to total
     return torch.minimum(ids, last_possible)[:, 0]
+
+
+def choose(
+    logits: Tensor,
+    config: SamplingConfig,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    written: Sequence[Sequence[int]],
+    prompts: Sequence[Tensor],
+) -> Tensor:
+    """The next id (b,) of each row, from the model's logits (b, v), what the row has written so far, and its prompt."""
+    counts = seen = None
+    if config.needs_counts:
+        counts = count_tokens(written, logits.shape[1]).to(logits.device)
+        seen = counts + count_tokens(prompts, logits.shape[1]).to(logits.device) > 0
+    logits = process(logits, config, counts, seen)
+    return greedy(logits) if config.is_greedy else sample(logits, generator)
+
+
+def count_tokens(sequences: Sequence[Sequence[int] | Tensor], vocab_size: int) -> Tensor:
+    """How often each id stands in each sequence: (b, v), on the CPU."""
+    return torch.stack([torch.as_tensor(ids, dtype=torch.long).bincount(minlength=vocab_size) for ids in sequences])
+
+
+def row_generators(seed: int | Sequence[int], prompts: int, n: int) -> list[list[torch.Generator]]:
+    """Random streams, on the CPU, for `n` samples of each of so many prompts.
+
+    Sample i of prompt p has the stream of (seed, p, i), or with a seed for each prompt that of (seed[p], 0, i): it gets
+    the same numbers whatever else is sampled. Raises AnymambaError for seeds that are not whole numbers ≥ 0.
+    """
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * prompts
+    if not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise AnymambaError(f"seed={seed!r}, but a seed is a whole number ≥ 0; pass one, or one for each prompt")
+    if len(seeds) != prompts:
+        raise AnymambaError(f"{len(seeds)} seeds for {prompts} prompts; pass one number, or one for each prompt")
+
+    def stream(p, i):  # mixed, not added up: else sample 1 of seed 0 would be sample 0 of seed 1
+        numbers = (seeds[p], 0 if isinstance(seed, Sequence) else p, i)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+    return [[stream(p, i) for i in range(n)] for p in range(prompts)]
 
 
 def _keep(logits, kept):
