@@ -1,0 +1,357 @@
+"""The training loop. A run is a folder; its state is (weights, moments, step, time), and all else follows from them.
+
+Axes: b batch, t time.
+"""
+
+import hashlib
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from anymamba.data import Batches, TokenData, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
+from anymamba.errors import AnymambaError
+from anymamba.generate import SamplingConfig, generate
+from anymamba.model import MambaLM
+from anymamba.ops import explain
+from anymamba.state import MambaState
+from anymamba.train import checkpointing
+from anymamba.train.config import TrainConfig
+from anymamba.train.diagnose import first_nonfinite
+from anymamba.train.display import Display, Silent
+from anymamba.train.evaluate import Evaluation, evaluate
+from anymamba.train.interrupt import Interrupt
+from anymamba.train.log import Log, plot
+from anymamba.train.precision import autocast, choose
+from anymamba.train.schedule import Every, learning_rate
+
+CONFIG = "train.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run, or a part of one, ended."""
+
+    run: Path
+    step: int
+    model: MambaLM = field(repr=False)
+    interrupted: int | None = None  # by this signal
+    evaluation: Evaluation | None = None  # on the held-out text; None if interrupted
+    sample: str | None = None
+    plot: str | None = None  # where the loss curve is, or how to get one
+
+
+def train(config: TrainConfig, display: Display | None = None) -> Result:
+    """Start a run in the folder `config.out`, or runs/DATE-TIME, and see it to its end.
+
+    The first Ctrl-C or SIGTERM ends it early, saved, with `Result.interrupted`. Raises AnymambaError for text or sizes
+    that cannot be used, a folder that holds a run already, a full disk, and a loss that is not finite.
+    """
+    run = _new_folder(config)
+    existed = run.exists()
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+        # absolute, so that the run can be resumed from anywhere
+        paths = config.data and tuple(str(Path(p).expanduser().absolute()) for p in config.data)
+        config = config.replace(data=paths, out=None)
+        trainer = Trainer(run, config, tokenizer, display or Silent())
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run)
+        (run / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    except BaseException:
+        if not existed:  # nothing half-made stays
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+    return trainer.run_to_end()
+
+
+def resume(run: str | Path, display: Display | None = None) -> Result:
+    """Go on with a run from its newest whole checkpoint, or from the beginning if there is none.
+
+    A run of a fixed number of steps ends with the same bits as if it had never stopped, given the same machine and
+    number of threads. Raises AnymambaError for a folder that is no run, one that has ended, text that has changed
+    since, and whatever `train` raises.
+    """
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise AnymambaError(f"no run to resume in {run}: it has no {CONFIG}. Runs are folders such as runs/NAME")
+    trainer = Trainer(run, TrainConfig.from_file(run / CONFIG), load_tokenizer(run), display or Silent())
+    trainer.restore()
+    return trainer.run_to_end()
+
+
+class Trainer:
+    """One run in memory."""
+
+    def __init__(self, run: Path, config: TrainConfig, tokenizer: Tokenizer, display: Display):
+        self.folder, self.config, self.tokenizer, self.display = run, config, tokenizer, display
+        self.device = _device(config.device)
+        folder = Path(config.tokens).expanduser() if config.tokens else run / "tokens"
+        self.data = prepare(config.data, tokenizer, folder, field=config.field, holdout=config.holdout)
+        self.batches = Batches(self.data.train, config.batch_size, config.seqlen, config.seed, config.carry)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(config.seed)
+            self.model = MambaLM(config.model_config(tokenizer.vocab_size)).to(self.device)
+        self.model.recompute = config.recompute
+        self.optimizer = torch.optim.AdamW(
+            self.model.param_groups(config.weight_decay), lr=config.lr, betas=config.betas,
+            fused=self.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.step = 0  # steps done
+        self.saved_step: int | None = None
+        self.precision: str | None = None
+        self.state: MambaState | None = None  # carried to the next batch
+        self.seconds_before = 0.0  # in earlier processes
+        self.began = time.monotonic()
+        self.rate = 0.0  # tokens per second, smoothed
+
+    # ---- where the run stands ----
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, in this process and those before it."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, by steps or by the clock."""
+        total = self.config.seconds
+        return self.step / self.config.steps if total is None else self.seconds / total
+
+    @property
+    def seconds_left(self) -> float:
+        if self.config.seconds is not None:
+            return self.config.seconds - self.seconds
+        return (self.config.steps - self.step) * self.seconds / max(self.step, 1)
+
+    def restore(self) -> None:
+        """Take everything from the newest whole checkpoint."""
+        found = checkpointing.load(self.folder, self.device)
+        if found is None:
+            self.display.note(f"{self.folder} has no checkpoint yet: beginning again")
+            return
+        model, tensors, meta, damaged = found
+        if damaged:
+            self.display.note(f"skipped damaged checkpoints: {', '.join(damaged)}")
+        if meta["text"] != text_digest(self.data):
+            raise AnymambaError(
+                f"the text of {self.folder} has changed since the run began ({self.config.data or 'standard library'}):"
+                f" put it back, or start a new run with  anymamba train --config {self.folder / CONFIG}"
+            )
+        # copies: memory that is aligned as in a process that never stopped gives the same bits
+        self.model.load_state_dict(model.state_dict())
+        tensors = {name: v.clone() for name, v in tensors.items()}
+        checkpointing.restore_optimizer(self.model, self.optimizer, tensors)
+        self.state = checkpointing.restored_state(tensors, self.model.config.n_layer)
+        self.step = self.saved_step = meta["step"]
+        self.precision, self.seconds_before = meta["precision"], meta["seconds"]
+        if meta["threads"] != torch.get_num_threads():
+            now = torch.get_num_threads()
+            self.display.note(f"{meta['threads']} threads before and {now} now: the last digits will differ")
+        self.display.note(f"resuming {self.folder} after step {self.step}")
+
+    # ---- the loop ----
+
+    def run_to_end(self) -> Result:
+        if self.step and self.progress >= 1:
+            self.display.note(f"{self.folder} has done all of its {self.step} steps")
+        noted = Interrupt(lambda signum: self.display.note("stopping after this step; again to stop at once"))
+        try:
+            with noted:
+                self._begin()
+                while self.progress < 1 and noted.signum is None:
+                    self._train_step()
+                    self._report()
+                self._save()
+            if noted.signum is not None:
+                return Result(self.folder, self.step, self.model, interrupted=noted.signum)
+            return self._finish()
+        except OSError as error:
+            raise AnymambaError(
+                f"cannot write to {self.folder}: {error.strerror or error}. The last checkpoint is whole: free some "
+                f"space, then  anymamba train --resume {self.folder}"
+            ) from error
+        finally:
+            self.display.close()
+            if hasattr(self, "log"):
+                self.log.close()
+
+    def _begin(self) -> None:
+        config = self.config
+        self.log = Log(self.folder, self.step, config.tensorboard)
+        if self.precision is None:
+            self.precision, why = choose(config.precision, self.device, self._try_precision)
+            self.display.note(f"precision {self.precision}: {why}")
+        size, text = self.model.num_params(), len(self.data.train)
+        self.display.note(f"{size / 1e6:.2f}M parameters, {text / 1e6:.2f}M tokens of text, run in {self.folder}")
+        self.began = time.monotonic()
+        progress = self.progress
+        self.eval_due = Every(config.eval_every, share=0.1, progress=progress)
+        self.sample_due = Every(config.sample_every, share=0.2, progress=progress)
+        self.save_due = Every(config.save_every, seconds=60, progress=progress)
+
+    def _train_step(self) -> None:
+        config, begin = self.config, time.monotonic()
+        lr = learning_rate(self._schedule_progress(), lr=config.lr, min_lr=config.min_lr, warmup=config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        mean = 0.0
+        for micro in range(config.accumulate):
+            index = self.step * config.accumulate + micro
+            before = None if self.batches.starts_fresh(index) else self.state
+            loss, after = self._loss(index, before, self.precision)
+            value = loss.item() / config.accumulate
+            if not math.isfinite(value):
+                self._stop_nonfinite(f"loss is {value}", index, before)
+            (loss / config.accumulate).backward()
+            mean += value
+            self.state = after.detach() if config.carry else None
+        norm = self._clip(index, before)
+        self.optimizer.step()
+        self.step += 1
+        self._log_step(mean, lr, norm, time.monotonic() - begin)
+
+    def _loss(self, index: int, state: MambaState | None, precision: str):
+        ids, labels = self.batches.batch(index)
+        cu_seqlens = None
+        if self.config.packed:
+            cu_seqlens = cu_seqlens_at_eos(ids, self.data.eos_id).to(self.device)
+            ids, labels = ids.view(1, -1), labels.view(1, -1)
+        with autocast(precision, self.device):
+            ids, labels = ids.to(self.device), labels.to(self.device)
+            out = self.model(ids, state=state, cu_seqlens=cu_seqlens, labels=labels)
+        return out.loss, out.state
+
+    def _clip(self, index: int, before: MambaState | None) -> float:
+        """Scale the gradient to at most `clip`; its norm before that."""
+        parameters = list(self.model.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):  # before the step: the weights are still good
+            self._stop_nonfinite(f"norm of the gradient is {norm.item()}", index, before)
+        clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return norm.item()
+
+    def _schedule_progress(self) -> float:
+        """Progress at the end of the coming step: the first one moves, and the last one has the lowest rate."""
+        if self.config.steps is not None:
+            return (self.step + 1) / self.config.steps
+        mean = self.seconds / max(self.step, 1)
+        return min(1.0, (self.seconds + mean) / self.config.seconds)
+
+    def _stop_nonfinite(self, what: str, index: int, before: MambaState | None):
+        where = first_nonfinite(self.model, lambda: self._loss(index, before, self.precision)[0])
+        other = "" if self.precision == "fp32" else ", --precision fp32"
+        last = "there is no checkpoint yet: start again"
+        if self.saved_step is not None:
+            last = f"or go on from step {self.saved_step} with  anymamba train --resume {self.folder}"
+        raise AnymambaError(
+            f"step {self.step + 1}: the {what}, and training cannot go on. {where[0].upper()}{where[1:]}.\n"
+            f"Try a lower --lr (it is {self.config.lr}), a longer --warmup{other}; {last}"
+        )
+
+    def _try_precision(self, precision: str) -> None:
+        self._loss(0, None, precision)[0].backward()
+        self.model.zero_grad(set_to_none=True)
+
+    # ---- what is said and saved ----
+
+    def _log_step(self, loss: float, lr: float, norm: float, seconds: float) -> None:
+        config = self.config
+        tokens = config.batch_size * config.seqlen * config.accumulate
+        rate = tokens / max(seconds, 1e-9)
+        self.rate = rate if self.rate == 0 else 0.9 * self.rate + 0.1 * rate
+        record = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens * self.step}
+        record |= {"tokens_per_second": round(self.rate, 1), "seconds": round(self.seconds, 3)}
+        self.log.write(record)
+        self.display.step(record, min(1.0, self.progress), self.seconds_left)
+
+    def _report(self) -> None:
+        progress = self.progress
+        if self.eval_due.is_due(self.step, progress):
+            self._measure()
+        if self.sample_due.is_due(self.step, progress):
+            text = self._sample(self.config.sample_tokens)
+            self.log.write({"step": self.step, "sample": text})
+            self.display.sample(text)
+        if self.save_due.is_due(self.step, progress):
+            self._save()
+
+    def _measure(self) -> None:
+        config = self.config
+        result = self._evaluate(context=config.seqlen, carry=False, batch_size=config.batch_size,
+                                max_tokens=config.eval_tokens)  # fmt: skip
+        self.log.write({"step": self.step, "heldout_nats": result.nats, "heldout_bits_per_byte": result.bits_per_byte})
+        self.display.heldout(result.nats, result.bits_per_byte)
+
+    def _evaluate(self, **options) -> Evaluation:
+        bytes_per_token = self.data.heldout_bytes / len(self.data.heldout)
+        return evaluate(self.model, self.data.heldout, bytes_per_token=bytes_per_token, **options)
+
+    def _sample(self, length: int) -> str:
+        prompt = first_ids(self.tokenizer)
+        sampling = SamplingConfig(temperature=0.8, top_p=0.95)
+        done = generate(self.model, [prompt], max_new_tokens=length, sampling=sampling, tokenizer=self.tokenizer)
+        return done[0].text or ""
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        meta = {"step": self.step, "seconds": self.seconds, "precision": self.precision,
+                "threads": torch.get_num_threads(), "text": text_digest(self.data)}  # fmt: skip
+        tensors = checkpointing.optimizer_tensors(self.model, self.optimizer)
+        tensors |= checkpointing.state_tensors(self.state)
+        checkpointing.save(self.folder, self.model, tensors, meta, self.config.keep)
+        checkpointing.save_model(self.model, self.folder)
+        self.saved_step = self.step
+
+    def _finish(self) -> Result:
+        checkpointing.save_model(self.model, self.folder)
+        self.display.note("measuring the loss on the held-out text")
+        result = self._evaluate(context=1024, max_tokens=self.config.final_tokens)
+        sample = self._sample(2 * self.config.sample_tokens)
+        record = {"step": self.step, "seconds": round(self.seconds, 3), "final_nats": result.nats}
+        record |= {"final_bits_per_byte": result.bits_per_byte, "final_tokens": result.tokens}
+        self.log.write(record | {"sample": sample})
+        return Result(self.folder, self.step, self.model, None, result, sample, plot(self.folder))
+
+
+def first_ids(tokenizer: Tokenizer) -> list[int]:
+    """What a text without a prompt starts from: a line break, which every text knows, or else the end of another."""
+    ids = [int(i) for i in tokenizer.encode("\n")]
+    return ids or [tokenizer.eos_id or 0]
+
+
+def text_digest(data: TokenData) -> str:
+    """Tells one tokenised text from another, by its length and a sample of its tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (data.train, data.heldout):
+        digest.update(f"{len(part)} ".encode() + np.ascontiguousarray(part[:: len(part) // 65536 + 1]).tobytes())
+    return digest.hexdigest()
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    run = Path(config.out).expanduser() if config.out else Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if run.is_dir() and (run / CONFIG).exists():
+        raise AnymambaError(
+            f"{run} holds a run already: go on with it by  anymamba train --resume {run}  or choose another --out"
+        )
+    if run.exists() and not run.is_dir():
+        raise AnymambaError(f"out={run} is a file, but a run is a folder: choose another --out")
+    return run
+
+
+def _device(wish: str) -> torch.device:
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() and explain("cuda")[0] != "reference" else "cpu"
+    try:
+        device = torch.device(wish)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AnymambaError(f"device={wish!r} cannot be used here ({error}): use cpu, or auto") from None
+    return device
