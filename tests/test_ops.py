@@ -7,11 +7,13 @@ import itertools
 import multiprocessing
 import re
 import threading
+import types
 
 import pytest
 import torch
 
 from anymamba import AnymambaError, explain, reference
+from anymamba.kernels import numba_scan
 from anymamba.ops import causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
 from conftest import (
     assert_law,
@@ -430,7 +432,7 @@ SCAN_ERRORS = [
     ({"B": Z(2, 5, 2, 3), "C": Z(2, 5, 3, 3)}, "C is (2, 5, 3, 3) torch.float32, but it must have as many groups as"),
     ({"D": Z(6, 1)}, "D is (6, 1) torch.float32, but it must be (6,), one number a channel of x (2, 5, 6)"),
     ({"dt_bias": Z(5)}, "dt_bias is (5,) torch.float32, but it must be (6,)"),
-    ({"initial_state": Z(2, 3, 6)}, "initial_state is (2, 3, 6) torch.float32, but it must be (sequences, d, n) = (2, 6"),
+    ({"initial_state": Z(2, 3, 6)}, "initial_state is (2, 3, 6) torch.float32, but it must be (sequences, d, n) ="),
     ({"cu_seqlens": torch.tensor([0, 5])}, "with cu_seqlens the sequences lie end to end in one row: batch must be 1"),
     ({"D": Z(6, device="meta")}, "D is on meta, x on cpu; move them to one device"),
 ]  # fmt: skip
@@ -438,7 +440,7 @@ CONV_ERRORS = [
     ({"x": Z(5, 6)}, "causal_conv1d: x is (5, 6) torch.float32, but it must be (batch, seqlen, channels)"),
     (
         {"weight": Z(6, 1, 4)},
-        "weight is (6, 1, 4) torch.float32, but it must be (d, w) with d = 6; a torch Conv1d weig",
+        "weight is (6, 1, 4) torch.float32, but it must be (d, w) with d = 6; a torch Conv1d",
     ),
     ({"weight": Z(6, 0)}, "weight is (6, 0) torch.float32, but it must be (d, w)"),
     ({"bias": Z(4)}, "bias is (4,) torch.float32, but it must be (6,)"),
@@ -511,17 +513,18 @@ def requiring_grad(args):
 
 
 @pytest.mark.parametrize(("arguments", "cu_seqlens"), list(scan_samples()))
-def test_opcheck_scan(arguments, cu_seqlens):
+def test_opcheck_scan(arguments, cu_seqlens, monkeypatch):
+    # opcheck compares two runs, also in the slots of `saved` that no chunk writes or reads
+    monkeypatch.setattr(numba_scan, "torch", types.SimpleNamespace(**vars(torch) | {"empty": torch.zeros}))
     op = torch.ops.anymamba.selective_scan.default
     torch.library.opcheck(op, scan_tuple(arguments, cu_seqlens, False))
     args = scan_tuple(arguments, cu_seqlens, True)
     torch.library.opcheck(op, requiring_grad(args))
     y, final_state, saved = op(*args)
-    head, initial_state = args[:9], args[9]
     for d_state in (None, torch.ones_like(final_state)):
         torch.library.opcheck(
             torch.ops.anymamba.selective_scan_backward.default,
-            (torch.ones_like(y), d_state, *head, cu_seqlens, saved),
+            (torch.ones_like(y), d_state, *args[:9], cu_seqlens, saved),
         )
 
 
@@ -570,24 +573,25 @@ def test_calls_from_many_threads_at_once():
     assert all(torch.equal(y, want[0]) and torch.equal(h, want[1]) for y, h in got)
 
 
-def _in_child(pipe):
-    y, _ = selective_scan(**scan_arguments(2, 100, 100, 4), backend="numba")
-    pipe.send(y.double().sum().item())
+def _in_child(pipe, arguments):
+    y, _ = selective_scan(**arguments, backend="numba")
+    pipe.send(y[0, 0].tolist())
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_call_after_fork():
     """As a forked data worker would: the threads that the parent had are gone, and nothing may wait for them."""
-    y, _ = selective_scan(**scan_arguments(2, 100, 100, 4), backend="numba")
+    arguments = scan_arguments(2, 100, 100, 4)
+    y, _ = selective_scan(**arguments, backend="numba")
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    child = context.Process(target=_in_child, args=(there,))
+    child = context.Process(target=_in_child, args=(there, arguments))
     child.start()
     answered = here.poll(60)
     child.kill() if not answered else child.join(60)
     assert answered, "the forked process hangs"
-    assert here.recv() == pytest.approx(y.double().sum().item())
+    assert here.recv() == y[0, 0].tolist()
 
 
 SMALL_SCAN = """
@@ -610,20 +614,18 @@ def test_cache_folder_that_cannot_be_written(tmp_path):
 
 
 def test_cache_folder_is_used(tmp_path):
-    for announced in (True, False):
-        done = run_python(SMALL_SCAN, ANYMAMBA_CACHE=str(tmp_path / "new" / "cache"))
+    folder, written = tmp_path / "new" / "cache", []
+    for _ in range(2):
+        done = run_python(SMALL_SCAN, ANYMAMBA_CACHE=str(folder))
         assert done.returncode == 0, done.stderr
-        assert (str(tmp_path) in done.stderr) == announced
-    assert list((tmp_path / "new" / "cache").glob("numba-*/**/*.nbc"))
+        written.append({path: path.stat().st_mtime_ns for path in folder.glob("numba-*/**/*.nbc")})
+    assert written[0]
+    assert written[0] == written[1], "compiled again"
 
 
 HIDE_NUMBA = """
-import importlib.abc, sys, warnings
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "numba":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hide())
+import sys, warnings
+sys.modules["numba"] = None  # as if it were not installed
 import torch, anymamba
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
