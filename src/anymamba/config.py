@@ -31,7 +31,6 @@ class MambaConfig:
     bias: bool = False  # of in_proj and out_proj
     norm_eps: float = 1e-5
     tie_embeddings: bool = True  # head = embedding
-    residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
     dt_min: float = 1e-3  # initial step sizes Δ are log-uniform in [dt_min, dt_max] …
     dt_max: float = 1e-1

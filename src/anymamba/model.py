@@ -80,7 +80,6 @@ class MambaLM(nn.Module):
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
         x, state = self._blocks(x, state, cu_seqlens)
-        x = self.backbone.norm_f(x)
 
         last = self._last(x, cu_seqlens, index) if last_only else None
         if index is not None:
@@ -104,17 +103,18 @@ class MambaLM(nn.Module):
         else:
             self._check_ids(ids)
             x = self.backbone.embedding(ids)
-        return x.float() if self.config.residual_in_fp32 and x.dtype != torch.float64 else x
+        return x
 
     def _blocks(self, x, state, cu_seqlens):
-        layers = []
+        layers, residual = [], None
         for i, block in enumerate(self.backbone.layers):
             before = None if state is None else state.layers[i]
             if self.recompute and torch.is_grad_enabled():
-                x, after = checkpoint(block, x, before, cu_seqlens, use_reentrant=False)
+                x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, use_reentrant=False)
             else:
-                x, after = block(x, before, cu_seqlens)
+                x, residual, after = block(x, residual, before, cu_seqlens)
             layers.append(after)
+        x, _ = self.backbone.norm_f(x, residual)
         if cu_seqlens is None:
             read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         else:

@@ -4,6 +4,7 @@
 |---|---|---|
 | `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py |
+| `add_rms_norm` | reference/norm.py | kernels/numba_norm.py |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
 Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
@@ -40,7 +41,7 @@ def _try_numba() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
     try:
-        from anymamba.kernels import numba_conv, numba_scan  # noqa: F401
+        from anymamba.kernels import numba_conv, numba_norm, numba_scan  # noqa: F401
     except Exception as error:  # a broken install must not look like a missing one: say what happened
         return f"numba is installed but does not work: {type(error).__name__}: {error}"
     return None
@@ -165,6 +166,27 @@ def causal_conv1d_step_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
     y, new = causal_conv1d(x.unsqueeze(1), weight, bias, activation=activation, initial_state=state, backend=backend)
     state.copy_(new)
     return y.squeeze(1)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float = 1e-5,
+                 dtype: torch.dtype | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """total = x + residual and its RMS norm (arXiv 1910.07467), the step between two blocks, in one pass.
+
+    Args:
+        x: (…,m); residual: (…,m) or None; weight: (m,); dtype: of the normed output, x's if None.
+
+    Returns normed (…,m) and total (…,m) in float32 (float64 for float64 inputs). Gradients reach every tensor.
+    Raises AnymambaError for shapes that do not fit.
+    """
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        _fail("add_rms_norm", "weight", weight, f"it must be ({x.shape[-1] if x.dim() else 1},), the last axis of x")
+    if residual is not None and residual.shape != x.shape:
+        _fail("add_rms_norm", "residual", residual, f"it must have the shape of x, {tuple(x.shape)}")
+    if _choose(backend, x) == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps=eps, dtype=dtype)
+    real = torch.float32
+    out, total, _ = torch.ops.anymamba.add_rms_norm(x, _to(residual, real), weight.to(real), eps, dtype or x.dtype)
+    return out, total
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,16 @@ define(
     f"(Tensor dy, Tensor? dfinal_state, {CONV_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
+define(
+    "anymamba::add_rms_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+)
+define(
+    "anymamba::add_rms_norm_backward",
+    "(Tensor dy, Tensor? dtotal, Tensor total, Tensor inverse, Tensor weight, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
 
 # ---- shapes ----------------------------------------------------------------------------------------------------
 
@@ -217,3 +227,52 @@ def _conv_vjp(ctx, dy, dfinal_state):
 
 
 register_autograd("anymamba::causal_conv1d", _conv_vjp, setup_context=_conv_setup)
+
+
+# ---- residual add + norm ---------------------------------------------------------------------------------------
+
+
+@impl("anymamba::add_rms_norm", "cpu")
+def _norm(x, residual, weight, eps, dtype):
+    from anymamba.kernels import numba_norm
+
+    flat = [v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (x, residual)]
+    out, total, inverse = numba_norm.add_rms_norm(*flat, weight.contiguous(), eps, dtype)
+    return out.view(x.shape), total.view(x.shape), inverse
+
+
+@register_fake("anymamba::add_rms_norm")
+def _(x, residual, weight, eps, dtype):
+    count = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=torch.float32), weight.new_empty(count)
+
+
+@impl("anymamba::add_rms_norm_backward", "cpu")
+def _norm_backward(dy, dtotal, total, inverse, weight, dtype):
+    from anymamba.kernels import numba_norm
+
+    flat = [v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (dy, dtotal, total)]
+    dx, dresidual, dweight = numba_norm.add_rms_norm_backward(*flat, inverse, weight.contiguous(), dtype)
+    return dx.view(total.shape), dresidual.view(total.shape), dweight
+
+
+@register_fake("anymamba::add_rms_norm_backward")
+def _(dy, dtotal, total, inverse, weight, dtype):
+    return total.new_empty(total.shape, dtype=dtype), total.new_empty(total.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, residual, weight, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.has_residual = x.dtype, residual is not None
+    ctx.save_for_backward(output[1], output[2], weight)
+
+
+def _norm_vjp(ctx, dy, dtotal, _):
+    total, inverse, weight = ctx.saved_tensors
+    dy = torch.zeros_like(total) if dy is None else dy
+    dx, dresidual, dweight = torch.ops.anymamba.add_rms_norm_backward(dy, dtotal, total, inverse, weight, ctx.dtype)
+    return dx, dresidual if ctx.has_residual else None, dweight, None, None
+
+
+register_autograd("anymamba::add_rms_norm", _norm_vjp, setup_context=_norm_setup)

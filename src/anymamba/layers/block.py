@@ -7,13 +7,15 @@ from anymamba.state import LayerState
 
 
 class Block(nn.Module):
-    """norm → mixer → add to the residual stream."""
+    """Add to the residual stream → norm → mixer. The mixer's output is added by the next norm, in the same pass."""
 
     def __init__(self, config: MambaConfig, device=None, dtype=None):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
         self.mixer = MambaMixer(config, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None):
-        y, state = self.mixer(self.norm(x), state, cu_seqlens)
-        return x + y, state
+    def forward(self, x: Tensor, residual: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None):
+        """x (b,t,m), what is still to be added to `residual` (b,t,m) → the same two after this block, and its state."""
+        x, residual = self.norm(x, residual)
+        x, state = self.mixer(x, state, cu_seqlens)
+        return x, residual, state

@@ -1,12 +1,14 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from anymamba.ops import add_rms_norm
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), computed in float32.
 
-    (…, m) in any dtype → (…, m) in the dtype of the weight.
+    forward(x (…,m), residual (…,m) or None) → (normed, total): total = x + residual is the residual stream in float32,
+    normed is in the dtype of the weight, or of autocast.
     """
 
     def __init__(self, m: int, eps: float = 1e-5, device=None, dtype=None):
@@ -14,9 +16,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(m, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        real = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(real), (x.shape[-1],), self.weight.to(real), self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

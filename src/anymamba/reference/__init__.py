@@ -1,7 +1,7 @@
 """The mathematics, as plain loops: the one truth that every kernel is held to. Differentiable, up to float64."""
 
 from anymamba.reference.conv import causal_conv1d, causal_conv1d_step_
-from anymamba.reference.norm import rms_norm
+from anymamba.reference.norm import add_rms_norm, rms_norm
 from anymamba.reference.selective import selective_scan, selective_step_
 
-__all__ = ["causal_conv1d", "causal_conv1d_step_", "rms_norm", "selective_scan", "selective_step_"]
+__all__ = ["add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "rms_norm", "selective_scan", "selective_step_"]
