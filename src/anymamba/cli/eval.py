@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import tyro
+from tyro.conf import Positional, arg
 
 from anymamba import checkpoint
 from anymamba.data import Tokenizer, documents, load_tokenizer
@@ -23,8 +25,8 @@ examples:
 
 @dataclass
 class Options:
-    run: tyro.conf.Positional[str]  # folder of a run or model
-    data: tyro.conf.Positional[tuple[str, ...]]  # files and folders
+    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model
+    data: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE …")]  # files and folders
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
     tokenizer: str | None = None  # the run's own if none
     context: int = 1024  # tokens read at once

@@ -4,9 +4,11 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import tyro
+from tyro.conf import Positional, arg
 
 from anymamba import checkpoint
 from anymamba.data import Tokenizer, load_tokenizer
@@ -28,7 +30,7 @@ examples:
 
 @dataclass
 class Options:
-    run: tyro.conf.Positional[str]  # folder of a run or model
+    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model
     prompt: str | None = None  # text to continue; - reads standard input; without one the model begins a text
     interactive: bool = False  # turn by turn; Ctrl-C stops an answer, Ctrl-D ends
     echo: bool = True  # print the prompt before what follows

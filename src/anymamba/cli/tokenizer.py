@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
 from anymamba.data import documents, train_bpe
 from anymamba.errors import AnymambaError
@@ -27,9 +28,9 @@ examples:
 
 @dataclass
 class Options:
-    data: tyro.conf.Positional[tuple[str, ...]] = ()  # files and folders; Python's standard library if none
+    data: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE …")] = ()  # files and folders
     vocab_size: int = 4096  # tokens, the 256 bytes and the end of a document among them
-    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "tokenizer.json"  # file to write
+    out: Annotated[str, arg(aliases=["-o"])] = "tokenizer.json"  # file to write
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
 
 

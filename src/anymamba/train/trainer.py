@@ -53,7 +53,7 @@ def train(config: TrainConfig, display: Display | None = None) -> Result:
     that cannot be used, a folder that holds a run already, a full disk, and a loss that is not finite.
     """
     run = _new_folder(config)
-    existed = run.exists()
+    made = next((p for p in reversed([run, *run.parents]) if not p.exists()), None)
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         # absolute, so that the run can be resumed from anywhere
@@ -64,8 +64,8 @@ def train(config: TrainConfig, display: Display | None = None) -> Result:
         tokenizer.save(run)
         (run / CONFIG).write_text(config.to_json(), encoding="utf-8")
     except BaseException:
-        if not existed:  # nothing half-made stays
-            shutil.rmtree(run, ignore_errors=True)
+        if made is not None:  # nothing half-made stays
+            shutil.rmtree(made, ignore_errors=True)
         raise
     return trainer.run_to_end()
 
@@ -171,6 +171,8 @@ class Trainer:
             if noted.signum is not None:
                 return Result(self.folder, self.step, self.model, interrupted=noted.signum)
             return self._finish()
+        except BrokenPipeError:  # whoever read our output has gone; the command line knows what to do
+            raise
         except OSError as error:
             raise AnymambaError(
                 f"cannot write to {self.folder}: {error.strerror or error}. The last checkpoint is whole: free some "
@@ -187,6 +189,7 @@ class Trainer:
         if self.precision is None:
             self.precision, why = choose(config.precision, self.device, self._try_precision)
             self.display.note(f"precision {self.precision}: {why}")
+        self._try_precision(self.precision)  # kernels are compiled here, not on the run's time
         size, text = self.model.num_params(), len(self.data.train)
         self.display.note(f"{size / 1e6:.2f}M parameters, {text / 1e6:.2f}M tokens of text, run in {self.folder}")
         self.began = time.monotonic()
