@@ -111,6 +111,7 @@ def scan_shapes(b=2, t=5, d=6, n=3, groups=None):
             "dt_bias": (d,), "initial_state": (b, d, n)}  # fmt: skip
 
 
+OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 REAL = ("A", "D", "dt_bias", "initial_state")  # float32 whatever the activations are
 
 

@@ -16,6 +16,7 @@ from anymamba import AnymambaError, explain, reference
 from anymamba.kernels import numba_scan
 from anymamba.ops import causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
 from conftest import (
+    OPTIONAL,
     assert_law,
     conv_arguments,
     cotangents,
@@ -28,7 +29,6 @@ from conftest import (
 
 pytestmark = pytest.mark.usefixtures("poison", "two_threads")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 
 
 def check_law(op, arguments, slack=4, **extra):

@@ -88,7 +88,8 @@ class MambaLM(nn.Module):
         loss = None
         if labels is not None:
             full = logits if last is None else self._head(x)
-            loss = F.cross_entropy(full.flatten(0, 1).float(), labels.flatten())
+            real = torch.promote_types(full.dtype, torch.float32)
+            loss = F.cross_entropy(full.flatten(0, 1).to(real), labels.flatten())
         return MambaOutput(logits, state, loss, x)
 
     def _embed(self, ids, embeddings):
@@ -129,7 +130,7 @@ class MambaLM(nn.Module):
         if cu_seqlens is None:
             return x[:, -1:]
         last = cu_seqlens.to(x.device, torch.int64)[1:] - 1
-        rows = x[0].index_select(0, last.clamp(min=0))
+        rows = x[0].index_select(0, last.clamp(min=0)) if x.shape[1] else x.new_empty(len(last), x.shape[2])
         rows = rows.masked_fill((cu_seqlens.diff() == 0).to(x.device)[:, None], math.nan)
         return rows[:, None] if index is not None else rows[None]
 
