@@ -3,6 +3,7 @@
 Axes: b rows, d d_inner, w d_conv, n d_state.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,11 @@ class MambaState:
     # ---- files ----
 
     def save(self, path: str | os.PathLike, model) -> None:
-        """Write to a safetensors file, with the fingerprint of the `MambaLM` that read the text. Atomic."""
+        """Write to a safetensors file, with the fingerprint of the `MambaLM` that read the text. Atomic.
+
+        Raises AnymambaError if the file cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {"seen": self.seen}
@@ -114,9 +119,12 @@ class MambaState:
         try:
             save_file(tensors, part, metadata={"format": FORMAT, "model": model.fingerprint()})
             os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        except (OSError, SafetensorError) as error:
+            raise AnymambaError(f"cannot save the state to {path}: {error}; free some space or choose another folder. "
+                                "What was there before is untouched.") from error  # fmt: skip
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike, model) -> Self:
@@ -143,5 +151,8 @@ class MambaState:
                 f"{model.fingerprint()}\nLoad the model that read the text, or read it again with this one."
             )
         count = model.config.n_layer
-        layers = tuple(LayerState(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(count))
-        return cls(layers, tensors["seen"])
+        try:
+            layers = tuple(LayerState(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(count))
+            return cls(layers, tensors["seen"])
+        except KeyError as error:
+            raise AnymambaError(f"{path} has no tensor {error}; read the text again") from None

@@ -34,6 +34,7 @@ def save(model: MambaLM, folder: str | os.PathLike) -> None:
 
     Raises AnymambaError if the folder cannot be written or the disk is full; files that were there stay whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -45,8 +46,8 @@ def save(model: MambaLM, folder: str | os.PathLike) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
         write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-    except OSError as error:
-        raise AnymambaError(f"cannot save the model to {folder}: {error.strerror or error}; free some space or choose "
+    except (OSError, SafetensorError) as error:
+        raise AnymambaError(f"cannot save the model to {folder}: {error}; free some space or choose "
                             "another folder. What was there before is untouched.") from error  # fmt: skip
 
 
