@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from anymamba.errors import AnymambaError
+from anymamba.kernels import LANES, chunk_length
 
 SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
 CONV_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
@@ -114,23 +115,22 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, sav
 def _fake_saved(x, A, B, C, cu_seqlens, save):
     if not save:
         return A.new_empty(0)
-    lanes, chunk = 16, max(32, -(-2 * A.shape[1] // 32) * 32)  # as in kernels/numba_scan.py
     groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
-    blocks = groups * -(-(x.shape[2] // groups) // lanes)
-    slots = x.shape[0] * x.shape[1] // chunk + _sequences(x, cu_seqlens) + 1
-    return A.new_empty(slots, blocks, A.shape[1], lanes)
+    blocks = groups * -(-(x.shape[2] // groups) // LANES)
+    slots = x.shape[0] * x.shape[1] // chunk_length(A.shape[1]) + _sequences(x, cu_seqlens) + 1
+    return A.new_empty(slots, blocks, A.shape[1], LANES)
 
 
 @impl("anymamba::selective_scan_backward", "cpu")
 def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
-    from anymamba.kernels import numba_scan
+    from anymamba.kernels import numba_scan_backward
     from anymamba.kernels.numba_launch import rows
 
     shapes = [x.shape, dt.shape, A.shape, B.shape, C.shape]
     groups = [v.dim() == 3 for v in (B, C)]
     flat_x, flat_dt, flat_B, flat_C, flat_z = _flatten_scan(x, dt, B, C, z)
     dfinal_state, A, D, dt_bias = _dense(dfinal_state, A, D, dt_bias)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = numba_scan.selective_scan_backward(
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = numba_scan_backward.selective_scan_backward(
         rows(dy, x.shape[2]), dfinal_state, flat_x, flat_dt, A, flat_B, flat_C, D, flat_z, dt_bias, dt_softplus,
         bounds_of(x, cu_seqlens), saved,
     )  # fmt: skip

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numba import njit
 
+from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
-from anymamba.kernels.numba_simd import LANES, fma, keep_apart, load, sigmoid, splat, store
+from anymamba.kernels.numba_simd import fma, keep_apart, load, sigmoid, splat, store
 
 ZERO, ONE = np.float32(0), np.float32(1)
 CHUNK = 64
@@ -159,7 +160,8 @@ def conv_forward(dtype):
 @launch.Kernel
 def conv_backward(dtype):
     def kernel(p):
-        x, dy, dx, x_row, dy_row, dx_row = pointer(p[2], dtype), pointer(p[3], dtype), pointer(p[4], dtype), p[5], p[6], p[7]  # noqa: E501  # fmt: skip
+        x, dy, dx = pointer(p[2], dtype), pointer(p[3], dtype), pointer(p[4], dtype)
+        x_row, dy_row, dx_row = p[5], p[6], p[7]
         weight, bias, initial, dfinal = pointer(p[8], F32), pointer(p[9], F32), pointer(p[10], F32), pointer(p[11], F32)
         dweight, dbias, dinitial = pointer(p[12], F32), pointer(p[13], F32), pointer(p[14], F32)
         bounds, silu, d, w, sequences = pointer(p[15], I64), p[16] != 0, p[17], p[18], p[19]
@@ -222,7 +224,7 @@ def causal_conv1d(x, weight, bias, silu, initial_state, bounds):
     launch.launch(conv_forward, launch.STORAGE[x.dtype], sequences * chunks, [
         *map(address, (x, y)), x.stride(0), d, *map(address, (weight, bias, initial_state, final_state, bounds)),
         silu, d, w, chunks,
-    ])  # fmt: skip
+    ], work=4 * total * d)  # fmt: skip
     return y, final_state
 
 
@@ -236,5 +238,5 @@ def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_stat
         *map(address, (x, dy, dx)), x.stride(0), dy.stride(0), d,
         *map(address, (weight, bias, initial_state, dfinal_state, dweight, dbias, dinitial, bounds)),
         silu, d, w, sequences,
-    ])  # fmt: skip
+    ], work=4 * total * d)  # fmt: skip
     return dx, dweight, dbias, dinitial

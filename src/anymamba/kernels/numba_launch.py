@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 F32, I64 = types.float32, types.int64
 STORAGE = {torch.float32: F32, torch.bfloat16: types.int16, torch.float16: types.uint16}
+SMALL = 1 << 16  # operations that take about as long as waking a thread
 HEADER = 2  # parameters before the kernel's own: the counter and the number of items
 
 _in_forked_child = False
@@ -160,11 +161,14 @@ def threads():
     return 1 if _in_forked_child else torch.get_num_threads()
 
 
-def launch(kernel, dtype, items, params):
-    """Run work items 0 … items-1 of a kernel; `params` are integers: addresses (`address(t)`), sizes, flags."""
+def launch(kernel, dtype, items, params, work=SMALL):
+    """Run work items 0 … items-1 of a kernel; `params` are integers: addresses (`address(t)`), sizes, flags.
+
+    `work`: about how many vector-lane operations there are; a small launch stays on the calling thread.
+    """
     function = kernel.get(dtype)
     buffer = (ctypes.c_int64 * (HEADER + len(params)))(0, items, *params)
-    workers = min(threads(), items)
+    workers = 1 if work < SMALL else min(threads(), items)
     if workers <= 1:
         function(ctypes.addressof(buffer))
     elif _openmp():

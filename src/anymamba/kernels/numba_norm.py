@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from numba import njit
 
+from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, address, next_item, pointer
-from anymamba.kernels.numba_simd import LANES, fma, hsum, keep_apart, load, splat, store
+from anymamba.kernels.numba_simd import fma, hsum, keep_apart, load, splat, store
 
 ZERO = np.float32(0)
 
@@ -82,7 +83,8 @@ def norm_backward(dtype):
 
     def kernel(p):
         dy, dtotal, total, inverse = pointer(p[2], out_type), pointer(p[3], F32), pointer(p[4], F32), pointer(p[5], F32)
-        weight, dx, dresidual, dweight = pointer(p[6], F32), pointer(p[7], x_type), pointer(p[8], F32), pointer(p[9], F32)  # noqa: E501  # fmt: skip
+        weight, dx = pointer(p[6], F32), pointer(p[7], x_type)
+        dresidual, dweight = pointer(p[8], F32), pointer(p[9], F32)
         count, m, items = p[10], p[11], p[1]
         sums = np.empty(m + LANES, np.float32)
         item = next_item(p)
@@ -106,7 +108,7 @@ def add_rms_norm(x, residual, weight, eps, out_dtype):
     types = (launch.STORAGE[x.dtype], launch.STORAGE[out_dtype])
     launch.launch(norm_forward, types, min(launch.threads(), count), [
         *map(address, (x, residual, weight, out, total, inverse)), count, m, round(eps * 1e12),
-    ])  # fmt: skip
+    ], work=count * m)  # fmt: skip
     return out, total, inverse
 
 
@@ -119,5 +121,5 @@ def add_rms_norm_backward(dy, dtotal, total, inverse, weight, x_dtype):
     types = (launch.STORAGE[x_dtype], launch.STORAGE[dy.dtype])
     launch.launch(norm_backward, types, teams, [
         *map(address, (dy, dtotal, total, inverse, weight, dx, dresidual, dweight)), count, m,
-    ])  # fmt: skip
+    ], work=count * m)  # fmt: skip
     return dx, dresidual, dweight.sum(0)

@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 16
+from anymamba.kernels import LANES
+
 F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 VF, VI, VH, VB = (ir.VectorType(t, LANES) for t in (F32, I32, I16, ir.IntType(1)))
 

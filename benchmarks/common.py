@@ -1,0 +1,141 @@
+"""What every benchmark shares: the environment card, paired timing, the machine's own limits, the results file."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import njit
+
+from anymamba.cli.doctor import _features, _processor
+from anymamba.kernels import numba_launch as launch
+from anymamba.kernels.numba_launch import next_item
+from anymamba.kernels import LANES
+from anymamba.kernels.numba_simd import exp2, keep_apart, load, splat, store
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def card() -> dict:
+    """The machine and the versions that a result belongs to."""
+    names = ("anymamba", "torch", "numba", "numpy", "transformers", "mambapy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "features": _features(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def measure(functions: dict, rounds: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function, in rounds of one call each: the machine's moods hit all of them alike."""
+    for f in functions.values():
+        for _ in range(warmup):
+            f()
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, f in functions.items():
+            start = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def spread(times: list[float]) -> str:
+    """median (min–max) in ms."""
+    return f"{median(times) * 1e3:9.2f}  ({min(times) * 1e3:.2f}–{max(times) * 1e3:.2f})"
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """Median over the rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+class Report:
+    """Prints lines and keeps what they say; `close` writes one JSON line, the last line of the output too."""
+
+    def __init__(self, name: str):
+        self.name, self.rows = name, {}
+        self.card = card()
+        print(f"# {name}: {self.card['processor']}, {self.card['threads']} threads, {self.card['versions']}")
+
+    def add(self, key: str, text: str, **values) -> None:
+        print(f"{key:<46} {text}", flush=True)
+        self.rows[key] = values
+
+    def compare(self, key: str, times: dict, ours: str, peer: str, target: str) -> None:
+        """One line: how often faster than the peer `ours` is."""
+        r = ratio(times[peer], times[ours])
+        self.add(key, f"{r:8.2f} ×   (target {target})", ratio=round(r, 3), target=target)
+
+    def close(self) -> None:
+        line = json.dumps({"benchmark": self.name, "card": self.card, "rows": self.rows})
+        if "--save" not in sys.argv:
+            print(line)
+            return
+        RESULTS.mkdir(exist_ok=True)
+        with open(RESULTS / f"{self.name}.jsonl", "a") as file:
+            file.write(line + "\n")
+        print(line)
+
+
+# ---- what the machine can do -----------------------------------------------------------------------------------
+
+
+@njit
+def _exponentials(buffer, count):
+    keep_apart()
+    for _ in range(count):
+        for i in range(0, 512, LANES):
+            store(buffer, i, exp2(load(buffer, i, LANES)) - splat(np.float32(1)), LANES)
+
+
+@launch.Kernel
+def exponentials(_):
+    def kernel(p):
+        buffer = np.zeros(512, np.float32)
+        item = next_item(p)
+        while item < p[1]:
+            _exponentials(buffer, p[2])
+            item = next_item(p)
+
+    return kernel
+
+
+def exponential_rate() -> float:
+    """Exponentials a second with all threads, from L1: the compute roof of a scan."""
+    items, count = 8 * launch.threads(), 500
+    times = measure({"exp": lambda: launch.launch(exponentials, None, items, [count])}, rounds=7)
+    return items * count * 512 / min(times["exp"])
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy larger than any cache."""
+    x = torch.empty(64 << 20).normal_()
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / min(measure({"copy": lambda: y.copy_(x)}, rounds=5)["copy"])
+
+
+def quiet() -> None:
+    """No progress bars or advice of peers between our lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.stdout.reconfigure(line_buffering=True)
