@@ -13,7 +13,6 @@ import os
 import pathlib
 import sys
 import tempfile
-import time
 from typing import ClassVar
 
 import numba
@@ -108,25 +107,24 @@ class Kernel:
     def get(self, dtype):
         if dtype not in self.compiled:
             folder = _cache_dir()
-            start = time.perf_counter()
+            # Numba does not tell beforehand whether it will compile or load, so a marker of ours does
+            marker = folder and folder / f"{self.name}-{dtype}.compiled".replace(" ", "")
+            if marker is None or not marker.exists():
+                _announce(folder)
             with _numba_cache(folder):
                 fn = numba.cfunc(types.void(types.CPointer(I64)), nopython=True, cache=folder is not None)(
                     self.build(dtype)
                 )
-            if time.perf_counter() - start > 0.5:
-                _announce(time.perf_counter() - start, folder)
+            if marker:
+                marker.touch()
             self.compiled[dtype] = (fn, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(fn.address))  # fn keeps the code alive
         return self.compiled[dtype][1]
 
 
 @functools.cache
-def _first_announcement(folder):
+def _announce(folder):
     where = f"cached in {folder}" if folder else "not cached: the cache folder is not writable (set ANYMAMBA_CACHE)"
-    print(f"anymamba: compiling CPU kernels, once per machine ({where})", file=sys.stderr)
-
-
-def _announce(seconds, folder):
-    _first_announcement(folder)
+    print(f"anymamba: compiling CPU kernels, some seconds, once per machine ({where})", file=sys.stderr, flush=True)
 
 
 # ---- launching -------------------------------------------------------------------------------------------------
