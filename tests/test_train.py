@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from anymamba import AnymambaError, MambaConfig, MambaLM, checkpoint
-from anymamba.train import TrainConfig, checkpointing, evaluate, log, precision, resume, train
+from anymamba.train import TrainConfig, checkpointing, evaluate, hardware, log, resume, train
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Silent
 from anymamba.train.schedule import Every, learning_rate
@@ -457,17 +457,17 @@ def test_gradient_that_is_not_finite():
 
 def test_precision_is_tried_out_and_kept(text, tmp_path, monkeypatch):
     times = {"fp32": 2.0, "bf16": 1.0}
-    monkeypatch.setattr(precision, "_fastest", lambda forward_backward, name: times[name])
+    monkeypatch.setattr(hardware, "_fastest", lambda forward_backward, name: times[name])
     run = train(config(text, tmp_path, steps=6, precision="auto"), StopAfter(2)).run
     assert checkpointing.newest_meta(run)["precision"] == "bf16"
     times["bf16"] = 9.0
     resume(run)
     assert checkpointing.newest_meta(run)["precision"] == "bf16"
-    assert precision.choose("auto", torch.device("cpu"), None)[0] == "fp32"
+    assert hardware.choose_precision("auto", torch.device("cpu"), None)[0] == "fp32"
 
 
 def test_trying_precisions_changes_nothing(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "WORTH", 0)  # fp32 whatever the clock says
+    monkeypatch.setattr(hardware, "WORTH", 0)  # fp32 whatever the clock says
     train(config(text, tmp_path, steps=3, precision="auto"))
     train(config(text, tmp_path, steps=3, precision="fp32", out=str(tmp_path / "other")))
     assert_same_run(tmp_path / "run", tmp_path / "other", 3)

@@ -8,10 +8,10 @@ import numpy as np
 import tyro
 from tyro.conf import Positional, arg
 
-from anymamba import checkpoint
-from anymamba.data import Tokenizer, documents, load_tokenizer
+from anymamba.data import Tokenizer, documents
 from anymamba.errors import AnymambaError
 from anymamba.train.evaluate import Evaluation, evaluate
+from anymamba.train.runs import load_run
 
 DESCRIPTION = """Loss, perplexity and bits per byte of a model on text.
 
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="anymamba eval", args=argv, description=DESCRIPTION)
     if not options.data:
         raise AnymambaError("no text to measure on: anymamba eval RUN FILE …")
-    model = checkpoint.load(options.run)
-    tokenizer = load_tokenizer(options.tokenizer or options.run)
+    model, tokenizer = load_run(options.run, options.tokenizer)
     tokens, size = read_tokens(options.data, options.field, tokenizer)
     result = _with_progress(model, tokens, size / len(tokens), options)
     print(_json(result, options) if options.json else _text(result, options))

@@ -10,13 +10,12 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from anymamba import checkpoint
-from anymamba.data import Tokenizer, load_tokenizer
+from anymamba.data import Tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, TokenEvent, generate, stream
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
-from anymamba.train.trainer import first_ids
+from anymamba.train.runs import first_ids, load_run
 
 DESCRIPTION = """Continue a prompt with a trained model.
 
@@ -60,13 +59,7 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"
         )
-    model = checkpoint.load(options.run)
-    tokenizer = load_tokenizer(options.tokenizer or options.run)
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise AnymambaError(
-            f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {options.run} has "
-            f"{model.config.vocab_size}: give the model's own with --tokenizer"
-        )
+    model, tokenizer = load_run(options.run, options.tokenizer)
     sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     if options.interactive:
         _talk(model, tokenizer, options)
@@ -77,14 +70,15 @@ def main(argv: list[str]) -> int:
 
 def _continue(model: MambaLM, tokenizer: Tokenizer, options: Options) -> None:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
-    prompt = tokenizer.encode(text).astype("int64").tolist() or first_ids(tokenizer)
+    prompt = tokenizer.encode(text).tolist() or first_ids(tokenizer)
     if options.n > 1:  # side by side in one batch, so shown when they are done
         done = generate(model, [prompt], n=options.n, seed=options.seed, **_rules(tokenizer, options))
         for i, completion in enumerate(done, start=1):
             print(f"--- {i}\n{text if options.echo else ''}{completion.text}")
         return
+    events = stream(model, prompt, seed=options.seed, **_rules(tokenizer, options))  # refuses before we write
     _write(text if options.echo else "")
-    for event in stream(model, prompt, seed=options.seed, **_rules(tokenizer, options)):
+    for event in events:
         _write(event.text)
     _write("\n")
 
@@ -97,7 +91,7 @@ def _talk(model: MambaLM, tokenizer: Tokenizer, options: Options) -> None:
         except (EOFError, KeyboardInterrupt):
             _write("\n")
             return
-        prompt = tokenizer.encode(line + "\n").astype("int64").tolist()
+        prompt = tokenizer.encode(line + "\n").tolist()
         events = stream(model, prompt, state=state, seed=options.seed + turn, **_rules(tokenizer, options))
         state = _answer(model, prompt, events, state)
         turn += 1

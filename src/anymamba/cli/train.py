@@ -1,5 +1,6 @@
 """anymamba train"""
 
+import shlex
 import signal
 import sys
 from dataclasses import dataclass
@@ -62,5 +63,6 @@ def _report(result: Result) -> int:
     print(f"held-out {heldout_text(evaluation.nats, evaluation.bits_per_byte)}  ({evaluation.tokens} tokens)")
     print(f"model       {Path(run) / 'model.safetensors'} after {result.step} steps")
     print(result.plot)
-    print(f'\nmore of it:\n  anymamba generate {run} --prompt "The "')
+    prompt = f" --prompt {shlex.quote(result.prompt)}" if result.prompt else ""
+    print(f"\nmore of it:\n  anymamba generate {run}{prompt}")
     return 0

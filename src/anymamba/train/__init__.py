@@ -5,6 +5,7 @@ result = train(TrainConfig(data=("shakespeare.txt",), minutes=3))
 
 from anymamba.train.config import TrainConfig
 from anymamba.train.evaluate import Evaluation, evaluate
+from anymamba.train.runs import load_run
 from anymamba.train.trainer import Result, resume, train
 
-__all__ = ["Evaluation", "Result", "TrainConfig", "evaluate", "resume", "train"]
+__all__ = ["Evaluation", "Result", "TrainConfig", "evaluate", "load_run", "resume", "train"]

@@ -18,6 +18,7 @@ class Display(Protocol):
     def step(self, record: dict[str, Any], progress: float, eta: float) -> None: ...
     def heldout(self, nats: float, bits_per_byte: float) -> None: ...
     def sample(self, text: str) -> None: ...
+    def measuring(self, done: float) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
 
@@ -32,6 +33,9 @@ class Silent:
         pass
 
     def sample(self, text):
+        pass
+
+    def measuring(self, done):
         pass
 
     def note(self, text):
@@ -79,7 +83,7 @@ class Bar(Silent):
     def __init__(self, console: Console):
         self.console = console
         self.bar = Progress(TextColumn("step {task.fields[step]}"), BarColumn(None), TaskProgressColumn(),
-                            TextColumn("{task.fields[eta]} to go"), console=console, expand=True)  # fmt: skip
+                            TextColumn("{task.fields[eta]}"), console=console, expand=True)  # fmt: skip
         self.task = self.bar.add_task("train", total=1.0, step=0, eta="?")
         self.record, self.measured, self.shown = None, "", ""
         self.live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
@@ -98,13 +102,16 @@ class Bar(Silent):
         if not self.live.is_started:
             self.live.start()
         self.record = record
-        self.bar.update(self.task, completed=progress, step=record["step"], eta=clock(eta))
+        self.bar.update(self.task, completed=progress, step=record["step"], eta=f"{clock(eta)} to go")
 
     def heldout(self, nats, bits_per_byte):
         self.measured = heldout_text(nats, bits_per_byte)
 
     def sample(self, text):
         self.shown = printable(text)
+
+    def measuring(self, done):
+        self.bar.update(self.task, eta=f"measuring {done:4.0%}")
 
     def note(self, text):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""fp32 or bf16: which is faster for this model on this machine."""
+"""Where and how finely a run computes: the device, and fp32 or bf16, whichever is faster for this model here."""
 
 import time
 from collections.abc import Callable
@@ -6,11 +6,24 @@ from collections.abc import Callable
 import torch
 
 from anymamba.errors import AnymambaError
+from anymamba.ops import explain
 
 WORTH = 0.9  # bf16 rounds coarsely: it must take at most this share of the time of fp32
 
 
-def choose(wish: str, device: torch.device, forward_backward: Callable[[str], None]) -> tuple[str, str]:
+def choose_device(wish: str) -> torch.device:
+    """`wish`, or for auto a GPU if there are kernels for it, else the CPU. Raises AnymambaError if it is not there."""
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() and explain("cuda")[0] != "reference" else "cpu"
+    try:
+        device = torch.device(wish)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AnymambaError(f"device={wish!r} cannot be used here ({error}): use cpu, or auto") from None
+    return device
+
+
+def choose_precision(wish: str, device: torch.device, forward_backward: Callable[[str], None]) -> tuple[str, str]:
     """("fp32" or "bf16", reason). `forward_backward(precision)` makes one pass of the real size and changes no weight.
 
     Raises AnymambaError for bf16 on a GPU that has none.

@@ -18,16 +18,16 @@ from anymamba.data import Batches, TokenData, Tokenizer, cu_seqlens_at_eos, load
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
 from anymamba.model import MambaLM
-from anymamba.ops import explain
 from anymamba.state import MambaState
 from anymamba.train import checkpointing
 from anymamba.train.config import TrainConfig
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Display, Silent
 from anymamba.train.evaluate import Evaluation, evaluate
+from anymamba.train.hardware import autocast, choose_device, choose_precision
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
-from anymamba.train.precision import autocast, choose
+from anymamba.train.runs import first_ids, typical_start
 from anymamba.train.schedule import Every, learning_rate
 
 CONFIG = "train.json"
@@ -43,6 +43,7 @@ class Result:
     interrupted: int | None = None  # by this signal
     evaluation: Evaluation | None = None  # on the held-out text; None if interrupted
     sample: str | None = None
+    prompt: str = ""  # what the sample begins with, from the held-out text
     plot: str | None = None  # where the loss curve is, or how to get one
 
 
@@ -90,9 +91,10 @@ class Trainer:
 
     def __init__(self, run: Path, config: TrainConfig, tokenizer: Tokenizer, display: Display):
         self.folder, self.config, self.tokenizer, self.display = run, config, tokenizer, display
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         folder = Path(config.tokens).expanduser() if config.tokens else run / "tokens"
         self.data = prepare(config.data, tokenizer, folder, field=config.field, holdout=config.holdout)
+        self.prompt = typical_start(self.data.heldout, tokenizer)  # of samples
         self.batches = Batches(self.data.train, config.batch_size, config.seqlen, config.seed, config.carry)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(config.seed)
@@ -187,7 +189,7 @@ class Trainer:
         config = self.config
         self.log = Log(self.folder, self.step, config.tensorboard)
         if self.precision is None:
-            self.precision, why = choose(config.precision, self.device, self._try_precision)
+            self.precision, why = choose_precision(config.precision, self.device, self._try_precision)
             self.display.note(f"precision {self.precision}: {why}")
         self._try_precision(self.precision)  # kernels are compiled here, not on the run's time
         size, text = self.model.num_params(), len(self.data.train)
@@ -297,10 +299,10 @@ class Trainer:
         return evaluate(self.model, self.data.heldout, bytes_per_token=bytes_per_token, **options)
 
     def _sample(self, length: int) -> str:
-        prompt = first_ids(self.tokenizer)
         sampling = SamplingConfig(temperature=0.8, top_p=0.95)
+        prompt = self.tokenizer.encode(self.prompt).tolist() or first_ids(self.tokenizer)
         done = generate(self.model, [prompt], max_new_tokens=length, sampling=sampling, tokenizer=self.tokenizer)
-        return done[0].text or ""
+        return self.prompt + (done[0].text or "")
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -316,18 +318,13 @@ class Trainer:
     def _finish(self) -> Result:
         checkpointing.save_model(self.model, self.folder)
         self.display.note("measuring the loss on the held-out text")
-        result = self._evaluate(context=1024, max_tokens=self.config.final_tokens)
+        most = min(self.config.final_tokens, len(self.data.heldout) - 1)
+        result = self._evaluate(max_tokens=most, on_progress=lambda count: self.display.measuring(count / most))
         sample = self._sample(2 * self.config.sample_tokens)
         record = {"step": self.step, "seconds": round(self.seconds, 3), "final_nats": result.nats}
         record |= {"final_bits_per_byte": result.bits_per_byte, "final_tokens": result.tokens}
         self.log.write(record | {"sample": sample})
-        return Result(self.folder, self.step, self.model, None, result, sample, plot(self.folder))
-
-
-def first_ids(tokenizer: Tokenizer) -> list[int]:
-    """What a text without a prompt starts from: a line break, which every text knows, or else the end of another."""
-    ids = [int(i) for i in tokenizer.encode("\n")]
-    return ids or [tokenizer.eos_id or 0]
+        return Result(self.folder, self.step, self.model, None, result, sample, self.prompt, plot(self.folder))
 
 
 def text_digest(data: TokenData) -> str:
@@ -347,14 +344,3 @@ def _new_folder(config: TrainConfig) -> Path:
     if run.exists() and not run.is_dir():
         raise AnymambaError(f"out={run} is a file, but a run is a folder: choose another --out")
     return run
-
-
-def _device(wish: str) -> torch.device:
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() and explain("cuda")[0] != "reference" else "cpu"
-    try:
-        device = torch.device(wish)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise AnymambaError(f"device={wish!r} cannot be used here ({error}): use cpu, or auto") from None
-    return device

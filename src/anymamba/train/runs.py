@@ -1,0 +1,41 @@
+"""Runs as others see them: a model and the tokenizer that it was trained with."""
+
+from pathlib import Path
+
+import numpy as np
+
+from anymamba import checkpoint
+from anymamba.data import Tokenizer, load_tokenizer
+from anymamba.errors import AnymambaError
+from anymamba.model import MambaLM
+
+
+def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[MambaLM, Tokenizer]:
+    """The model in the folder of a run, and its tokenizer, or the one that `tokenizer` names.
+
+    Raises AnymambaError if either is missing or damaged, or if they do not belong together.
+    """
+    model, tokens = checkpoint.load(run), load_tokenizer(tokenizer or run)
+    known = model.config.vocab_size or 0
+    if tokens.vocab_size > known:
+        raise AnymambaError(
+            f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows {known}: "
+            "give the model's own with --tokenizer"
+        )
+    return model, tokens
+
+
+def typical_start(tokens: np.ndarray, tokenizer: Tokenizer, length: int = 40) -> str:
+    """The beginning of a line in `tokens` (n,), for the model to go on from; "" if there is none.
+
+    The first long line that is not indented, for such a line stands for itself, or else the longest.
+    """
+    lines = tokenizer.decode(tokens[:8192]).splitlines()[1:]
+    lines = [line for line in lines if line[:1].isalnum() and line.isprintable()]
+    line = next((line for line in lines if len(line) >= length // 2), max(lines, key=len, default=""))
+    return line[:length].rsplit(" ", 1)[0]
+
+
+def first_ids(tokenizer: Tokenizer) -> list[int]:
+    """What a text without a prompt starts from: a line break, which every text knows, or else the end of another."""
+    return tokenizer.encode("\n").tolist() or [tokenizer.eos_id or 0]

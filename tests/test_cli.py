@@ -1,0 +1,304 @@
+"""The commands, and what they say to bad input. Where the process itself matters they run as one."""
+
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anymamba import checkpoint
+from anymamba.cli import main
+from anymamba.cli.generate import Options, _answer
+from anymamba.data import load_tokenizer
+from anymamba.generate import SamplingConfig, generate
+
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+SIZES = ["--d-model", "32", "--n-layer", "2", "--seqlen", "64", "--eval-tokens", "512", "--final-tokens", "512",
+         "--precision", "fp32"]  # fmt: skip
+TEXT = "".join(f"{i % 10} and {i * 3 % 10} are {i % 10 + i * 3 % 10}.\n" for i in range(2000))
+
+
+def run(*arguments, stdin=None):
+    return subprocess.run([sys.executable, "-m", "anymamba", *map(str, arguments)], env=ENV, input=stdin,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run that has learned the text, and what the command printed."""
+    done = run("train", "--data", folder / "text.txt", "--steps", 120, "--lr", "0.01", "--out", folder / "run", *SIZES)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command in this process: (exit code, output, errors)."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as exit:  # of the option parser
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# ---- what they do ----
+
+
+def test_train_tells_what_a_person_wants_to_know(trained):
+    path, out = trained
+    assert re.search(r"^step 120  100%  loss \d", out, re.M)
+    assert re.search(r"held-out \d\.\d+ nats/token  \d\.\d+ bits/byte  \(512 tokens\)", out)
+    assert f"model       {path / 'model.safetensors'} after 120 steps" in out
+    assert "sample:" in out
+    more = re.search(r"^  anymamba (generate .* --prompt .*)$", out, re.M)
+    again = run(*shlex.split(more[1]))
+    assert again.returncode == 0
+    assert again.stdout.startswith(shlex.split(more[1])[-1])
+
+
+def test_generate_streams_and_repeats_itself(trained, command):
+    arguments = ("generate", trained[0], "--prompt", "3 and", "--max-new-tokens", 40)
+    code, out, _ = command(*arguments)
+    assert code == 0
+    assert out.startswith("3 and")
+    assert "are" in out
+    assert command(*arguments) == (0, out, "")
+    assert command(*arguments, "--seed", 1)[1] != out
+    assert command(*arguments, "--no-echo")[1] == out.removeprefix("3 and")
+    assert command("generate", trained[0], "--prompt", "-", "--max-new-tokens", 40, stdin="3 and")[1] == out
+
+
+def test_generate_options(trained, command):
+    path = trained[0]
+    model, tokenizer = checkpoint.load(path), load_tokenizer(path)
+    prompt = tokenizer.encode("3 and").astype(int).tolist()
+    greedy = generate(model, [prompt], max_new_tokens=40, sampling=SamplingConfig(temperature=0), tokenizer=tokenizer)
+    base = ("generate", path, "--prompt", "3 and", "--no-echo")
+    assert command(*base, "--greedy", "--max-new-tokens", 40)[1] == greedy[0].text + "\n"
+    assert command(*base, "--greedy", "--stop", ".", "--max-new-tokens", 40)[1] == greedy[0].text.split(".")[0] + "\n"
+    many = command(*base, "--n", 3, "--max-new-tokens", 9)[1]
+    assert [line for line in many.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
+    assert len(command("generate", path, "--max-new-tokens", 5)[1]) == 5 + 1  # without a prompt
+
+
+def test_interactive_keeps_the_state(trained, command):
+    path = trained[0]
+    code, out, _ = command(
+        "generate", path, "--interactive", "--greedy", "--max-new-tokens", 12, stdin="1 and\n2 and\n"
+    )
+    assert code == 0
+    model, tokenizer = checkpoint.load(path), load_tokenizer(path)
+
+    def write(ids):
+        done = generate(model, [ids], max_new_tokens=12, sampling=SamplingConfig(temperature=0), tokenizer=tokenizer)
+        return done[0]
+
+    encode = lambda text: tokenizer.encode(text).astype(int).tolist()  # noqa: E731
+    one = write(encode("1 and\n"))
+    two = write(encode("1 and\n") + one.ids + encode("2 and\n"))
+    assert out == f"> {one.text}\n> {two.text}\n> \n"
+
+
+def test_interrupted_answer_leaves_a_state_that_has_read_it(trained, capsys):
+    model = checkpoint.load(trained[0])
+
+    class Event:
+        id, text, completion = 65, "A", None
+
+    def events():
+        yield Event
+        raise KeyboardInterrupt
+
+    state = _answer(model, [66, 67], events(), None)
+    want = model(torch.tensor([[66, 67, 65]])).state
+    assert torch.equal(state.layers[1].ssm, want.layers[1].ssm)
+    assert capsys.readouterr().out == "A …\n"
+
+
+def test_eval(trained, folder, command):
+    path = trained[0]
+    code, out, _ = command("eval", path, folder / "text.txt", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result) == {"nats_per_token", "perplexity", "bits_per_byte", "tokens", "context", "carry"}
+    assert result["tokens"] == len(TEXT) - 1
+    assert result["perplexity"] == pytest.approx(math.exp(result["nats_per_token"]))
+    assert result["bits_per_byte"] == pytest.approx(result["nats_per_token"] / math.log(2))
+    other = json.loads(command("eval", path, folder / "text.txt", "--json", "--context", 37)[1])
+    assert other["nats_per_token"] == pytest.approx(result["nats_per_token"], rel=1e-4)
+    alone = json.loads(command("eval", path, folder / "text.txt", "--json", "--context", 16, "--no-carry")[1])
+    assert alone["nats_per_token"] > result["nats_per_token"]
+    shown = command("eval", path, folder / "text.txt", "--max-tokens", 100)[1]
+    assert re.search(
+        r"loss +\d\.\d{4} nats/token\nperplexity .*\nbits per byte .*\ntokens +100, in contexts of 1024", shown
+    )
+
+
+def test_tokenizer_and_a_run_with_it(folder, command):
+    out = folder / "tokenizer.json"
+    code, said, _ = command("tokenizer", "train", folder / "text.txt", "--vocab-size", 300, "-o", out)
+    assert code == 0
+    assert f"in {out}\n" in said
+    code, said, errors = command("train", "--data", folder / "text.txt", "--tokenizer", out, "--steps", 3,
+                                 "--out", folder / "bpe", *SIZES)  # fmt: skip
+    assert code == 0, errors
+    nats, bits = map(float, re.search(r"held-out ([\d.]+) nats/token  ([\d.]+) bits/byte  \(", said).groups())
+    assert bits < nats / math.log(2)  # a token is more than a byte
+    code, said, errors = command("eval", folder / "bpe", folder / "text.txt", "--json")
+    assert json.loads(said)["tokens"] < len(TEXT) - 1
+
+
+def test_config_file_with_changes(trained, folder, command):
+    config = trained[0] / "train.json"
+    code, _, errors = command("train", "--config", config, "--steps", 2, "--out", folder / "again")
+    assert code == 0, errors
+    again = json.loads((folder / "again" / "train.json").read_text())
+    assert again == json.loads(config.read_text()) | {"steps": 2}
+
+
+@pytest.mark.parametrize("name", [["train"], ["generate"], ["eval"], ["tokenizer"], ["tokenizer", "train"]])
+def test_help_has_examples(command, name):
+    code, out, _ = command(*name, "--help")
+    assert code == 0
+    assert f"anymamba {name[0]}" in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+# ---- bad input ----
+
+
+def refused(command, *arguments, stdin=""):
+    """The message of a command that must refuse: exit code 2, one screen, no traceback, nothing on stdout."""
+    code, out, errors = command(*arguments, stdin=stdin)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in errors
+    assert 1 <= len(errors.splitlines()) <= 24
+    return " ".join(errors.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lr", "-1"], "lr=-1.0, but it must be a finite number above 0"),
+        (["--lr", "fast"], "Error parsing --lr"),
+        (["--step", "3"], "Unrecognized options: --step, 3"),
+        (["--steps", "3", "--minutes", "1"], "a run has one length, give one of them"),
+        (["--preset", "huge"], "unknown preset 'huge': known presets are tiny, small"),
+        (["--data", "{folder}/tex.txt"], "tex.txt: no such file or folder; did you mean"),
+        (["--data", "{folder}/empty.txt"], "empty.txt: the file is empty; give a file with text"),
+        (["--data", "{folder}/binary.txt"], "so this is no UTF-8 text"),
+        (["--data", "{folder}/short.txt"], "needs at least"),
+        (["--data", "{folder}/records.jsonl"], "no field 'text'; the fields are 'body'"),
+        (["--data", "{folder}/text.txt", "--tokenizer", "{folder}/text.txt"], "not a tokenizer.json"),
+        (["--config", "{folder}/unknown.json"], "unknown key 'learning_rate': known keys are data,"),
+        (["--config", "nowhere.json"], "no training config at nowhere.json"),
+        (["--resume", "{folder}"], "it has no train.json"),
+        (["--resume", "{folder}", "--lr", "1"], "Unrecognized options: --lr, 1"),
+    ],
+)
+def test_train_refuses(folder, command, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"\x7fELF\x00\x01")
+    (folder / "short.txt").write_text("short")
+    (folder / "records.jsonl").write_text('{"body": "text"}\n')
+    (folder / "unknown.json").write_text('{"learning_rate": 1}')
+    options = [option.replace("{folder}", str(folder)) for option in options]
+    assert words in refused(command, "train", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """A copy of the trained model whose files can be spoiled."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (copy / name).write_bytes((trained[0] / name).read_bytes())
+    return copy
+
+
+def test_generate_and_eval_refuse(trained, folder, command, tmp_path):
+    path = trained[0]
+    for name in (["generate"], ["eval", folder / "text.txt"]):
+        assert "no config.json in nowhere" in refused(command, name[0], "nowhere", *name[1:])
+    base = ("generate", path, "--prompt", "a")
+    assert "temperature=-1.0" in refused(command, *base, "--temperature", -1)
+    assert "top_p=1.5, but it must be in (0, 1]" in refused(command, *base, "--top-p", 1.5)
+    assert "max_new_tokens=0" in refused(command, *base, "--max-new-tokens", 0)
+    assert "seed=-1" in refused(command, *base, "--seed", -1)
+    assert "--interactive takes its prompts from the keyboard" in refused(command, *base, "--interactive")
+    assert "context=0, but it must be at least 1" in refused(command, "eval", path, folder / "text.txt", "--context", 0)
+    assert "no text to measure on" in refused(command, "eval", path)
+    assert "no such file" in refused(command, "eval", path, "nowhere.txt")
+    (tmp_path / "one.txt").write_text("a")
+    assert "a text of 1 tokens" in refused(command, "eval", path, tmp_path / "one.txt")
+
+
+def test_spoiled_models_are_refused(damaged, folder, command):
+    weights, config = damaged / "model.safetensors", damaged / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or cut short" in refused(command, "generate", damaged, "--prompt", "a")
+    weights.write_bytes(whole)
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"model": values["model"] | {"d_modle": 3}}))
+    assert "unknown config key 'd_modle': did you mean 'd_model'?" in refused(command, "eval", damaged, folder)
+    config.write_text(json.dumps(values | {"model": values["model"] | {"n_layer": 3}}))
+    assert "missing backbone.layers.2" in refused(command, "generate", damaged, "--prompt", "a")
+    config.write_text(json.dumps(values))
+    (damaged / "tokenizer.json").unlink()
+    assert "no tokenizer at" in refused(command, "generate", damaged, "--prompt", "a")
+
+
+def test_tokenizer_refuses(folder, command, tmp_path):
+    assert "there is no tokenizer 'make'" in refused(command, "tokenizer", "make")
+    out = tmp_path / "t.json"
+    said = refused(command, "tokenizer", "train", folder / "text.txt", "--vocab-size", 10, "-o", out)
+    assert "vocab_size=10, but the 256 bytes" in said
+    assert "no such file" in refused(command, "tokenizer", "train", tmp_path / "nowhere", "-o", out)
+    assert not out.exists()
+
+
+def test_tokens_of_another_tokenizer(trained, folder, command, tmp_path):
+    """More tokens than the model knows."""
+    assert command("tokenizer", "train", folder / "text.txt", "--vocab-size", 290, "-o", tmp_path / "big.json")[0] == 0
+    arguments = (trained[0], "--tokenizer", tmp_path / "big.json")
+    assert "give the model's own with --tokenizer" in refused(command, "generate", *arguments, "--prompt", "a")
+    assert "give the model's own with --tokenizer" in refused(command, "eval", *arguments, folder / "text.txt")
+
+
+def test_debug_shows_the_traceback():
+    plain, debug = run("generate", "nowhere"), run("generate", "nowhere", "--debug")
+    assert plain.returncode == 2
+    assert (
+        plain.stderr
+        == "anymamba generate: no config.json in nowhere: a model folder holds config.json and model.safetensors\n"
+    )
+    assert "Traceback" in debug.stderr
+
+
+def test_options_of_generate_are_those_of_the_samplers():
+    assert Options(run="r", greedy=True).sampling().is_greedy
+    assert Options(run="r", top_k=3).sampling() == SamplingConfig(temperature=0.8, top_p=0.95, top_k=3)
