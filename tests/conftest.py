@@ -36,9 +36,9 @@ def launches(monkeypatch):
 
     seen, real = [], numba_launch.launch
 
-    def spy(kernel, *args):
+    def spy(kernel, *args, **options):
         seen.append(kernel.name)
-        return real(kernel, *args)
+        return real(kernel, *args, **options)
 
     monkeypatch.setattr(numba_launch, "launch", spy)
     return seen

@@ -14,7 +14,7 @@ import torch
 
 from anymamba import AnymambaError, explain, reference
 from anymamba.kernels import numba_scan
-from anymamba.ops import causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
+from anymamba.ops import add_rms_norm, causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
 from conftest import (
     OPTIONAL,
     assert_law,
@@ -330,6 +330,68 @@ def test_conv_step_is_the_convolution_of_one(w, launches):
     assert torch.equal(got, want.squeeze(1))
     assert torch.equal(state, want_state)
     assert launches == ["conv_forward"] * 2
+
+
+# ---- residual add and norm -------------------------------------------------------------------------------------
+
+
+def norm_arguments(shape=(2, 9, 37), dtype=torch.float32, residual=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    arguments = {"x": make(*shape).to(dtype), "residual": make(*shape), "weight": make(shape[-1])}
+    return arguments if residual else arguments | {"residual": None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 3, 15), (2, 63, 16), (3, 2, 17), (1, 500, 130), (4,), (2, 0, 5)], ids=str
+)
+def test_norm(shape, residual, dtype, launches):
+    check_law(add_rms_norm, norm_arguments(shape, dtype, residual), dtype=dtype)
+    assert launches == ["norm_forward", "norm_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_to_another_dtype(dtype):
+    for x_dtype in DTYPES:
+        got, total = add_rms_norm(**norm_arguments(dtype=x_dtype), dtype=dtype, backend="numba")
+        want, want_total = add_rms_norm(**norm_arguments(dtype=x_dtype), dtype=dtype, backend="reference")
+        assert (got.dtype, total.dtype) == (dtype, torch.float32)
+        assert torch.equal(total, want_total)
+        torch.testing.assert_close(got, want)
+
+
+def test_norm_layouts_and_bad_numbers():
+    arguments = norm_arguments()
+    strided = {k: _slices(v) for k, v in arguments.items()}
+    for i, j in zip(add_rms_norm(**strided, backend="numba"), add_rms_norm(**arguments, backend="numba"), strict=True):
+        assert torch.equal(i, j)
+    arguments["x"][0, 0, 0], arguments["x"][0, 1, 0] = float("nan"), float("inf")
+    got, want = (add_rms_norm(**arguments, backend=backend) for backend in ("numba", "reference"))
+    for i, j in zip(got, want, strict=True):
+        torch.testing.assert_close(i, j, equal_nan=True)
+
+
+def test_norm_errors():
+    with pytest.raises(AnymambaError, match=re.escape("add_rms_norm: weight is (3,) torch.float32, but it must be")):
+        add_rms_norm(Z(2, 4), None, Z(3))
+    with pytest.raises(AnymambaError, match=re.escape("residual is (2, 3) torch.float32, but it must have the sha")):
+        add_rms_norm(Z(2, 4), Z(2, 3), Z(4))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_norm(dtype, residual):
+    a = norm_arguments(dtype=dtype, residual=residual)
+    args = (a["x"], a["residual"], a["weight"], 1e-5, torch.bfloat16)
+    op = torch.ops.anymamba.add_rms_norm.default
+    torch.library.opcheck(op, args)
+    torch.library.opcheck(op, requiring_grad(args))
+    out, total, inverse = op(*args)
+    for dtotal in (None, torch.ones_like(total)):
+        back = (torch.ones_like(out), dtotal, total, inverse, a["weight"], dtype)
+        torch.library.opcheck(torch.ops.anymamba.add_rms_norm_backward.default, back)
 
 
 # ---- long sums -------------------------------------------------------------------------------------------------
