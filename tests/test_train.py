@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from anymamba import AnymambaError, MambaConfig, MambaLM, checkpoint
+from anymamba.data import load_tokenizer
 from anymamba.train import TrainConfig, checkpointing, evaluate, hardware, log, resume, train
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Silent
+from anymamba.train.interrupt import Interrupt
+from anymamba.train.runs import typical_start
 from anymamba.train.schedule import Every, learning_rate
 from anymamba.train.trainer import Trainer
 
@@ -201,6 +204,17 @@ def test_every():
     for now[0] in range(31):
         due += [now[0]] * seconds.is_due(1, 0)
     assert due == [10, 20, 30]
+
+
+def test_samples_start_with_a_line_of_the_text():
+    tokenizer = load_tokenizer("bytes")
+    start = lambda text: typical_start(tokenizer.encode(text), tokenizer)  # noqa: E731
+    assert start("rest of a line\n    indented and long enough\n\nshort\nThis line is long enough.\n") == (
+        "This line is long enough."
+    )
+    assert start("x\n" + "A line of many words that go on and on and on\n") == "A line of many words that go on and on"
+    assert start("x\nshort\n\n") == "short"
+    assert start("one line") == start("") == ""
 
 
 # ---- evaluation ----
@@ -399,6 +413,15 @@ def test_kill_at_any_moment_then_resume(text, tmp_path, uninterrupted):
     assert child.returncode == 0, error
     assert not list(run.rglob(".unfinished*"))
     assert_same_run(uninterrupted, run, 150)
+
+
+def test_the_second_signal_stops_at_once():
+    with Interrupt() as noted:
+        signal.raise_signal(signal.SIGTERM)
+        assert noted.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---- NaN ----

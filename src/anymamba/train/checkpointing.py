@@ -54,14 +54,6 @@ def save(run: Path, model: MambaLM, tensors: dict[str, Tensor], meta: dict[str, 
     return target
 
 
-def save_model(model: MambaLM, run: Path) -> None:
-    """The model to the run's own folder, where `anymamba generate RUN` looks for it; the one before stays till then."""
-    try:
-        checkpoint.save(model, run)
-    except SafetensorError as error:
-        raise AnymambaError(f"cannot save the model to {run}: {error}; free some space, then save it again") from error
-
-
 def load(run: Path, device: torch.device) -> tuple[MambaLM, dict[str, Tensor], dict[str, Any], list[str]] | None:
     """Model, tensors and meta of the newest whole checkpoint, and the names of damaged ones that are newer.
 

@@ -66,7 +66,7 @@ class TrainConfig:
     sample_every: int | None = None  # steps between samples; five in a run if none
     save_every: int | None = None  # steps between checkpoints; one a minute if none
     keep: int = 3  # checkpoints that are kept
-    eval_tokens: int = 2**14  # held-out tokens for a measurement during the run
+    eval_tokens: int = 2**13  # held-out tokens for a measurement during the run
     final_tokens: int = 2**17  # and for that at the end
     sample_tokens: int = 160  # length of a sample
     tensorboard: bool = False  # also write TensorBoard events

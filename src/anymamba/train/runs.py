@@ -33,7 +33,7 @@ def typical_start(tokens: np.ndarray, tokenizer: Tokenizer, length: int = 40) ->
     lines = tokenizer.decode(tokens[:8192]).splitlines()[1:]
     lines = [line for line in lines if line[:1].isalnum() and line.isprintable()]
     line = next((line for line in lines if len(line) >= length // 2), max(lines, key=len, default=""))
-    return line[:length].rsplit(" ", 1)[0]
+    return line if len(line) <= length else line[:length].rsplit(" ", 1)[0]
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from anymamba import checkpoint
 from anymamba.data import Batches, TokenData, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
@@ -312,11 +313,11 @@ class Trainer:
         tensors = checkpointing.optimizer_tensors(self.model, self.optimizer)
         tensors |= checkpointing.state_tensors(self.state)
         checkpointing.save(self.folder, self.model, tensors, meta, self.config.keep)
-        checkpointing.save_model(self.model, self.folder)
+        checkpoint.save(self.model, self.folder)  # where `anymamba generate RUN` looks for it
         self.saved_step = self.step
 
     def _finish(self) -> Result:
-        checkpointing.save_model(self.model, self.folder)
+        checkpoint.save(self.model, self.folder)  # the run may have been killed before it could
         self.display.note("measuring the loss on the held-out text")
         most = min(self.config.final_tokens, len(self.data.heldout) - 1)
         result = self._evaluate(max_tokens=most, on_progress=lambda count: self.display.measuring(count / most))
