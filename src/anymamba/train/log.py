@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.native import write_atomically
 from anymamba.errors import AnymambaError
+from anymamba.files import write_atomically
 
 LOG, PLOT = "log.jsonl", "loss.png"
 

@@ -1,11 +1,12 @@
 """Runs as others see them: a model and the tokenizer that it was trained with."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from anymamba import checkpoint
-from anymamba.data import Tokenizer, load_tokenizer
+from anymamba.data import TokenData, Tokenizer, load_tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
 
@@ -39,3 +40,11 @@ def typical_start(tokens: np.ndarray, tokenizer: Tokenizer, length: int = 40) ->
 def first_ids(tokenizer: Tokenizer) -> list[int]:
     """What a text without a prompt starts from: a line break, which every text knows, or else the end of another."""
     return tokenizer.encode("\n").tolist() or [tokenizer.eos_id or 0]
+
+
+def text_digest(data: TokenData) -> str:
+    """Tells one tokenised text from another, by its length and a sample of its tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (data.train, data.heldout):
+        digest.update(f"{len(part)} ".encode() + np.ascontiguousarray(part[:: len(part) // 65536 + 1]).tobytes())
+    return digest.hexdigest()

@@ -3,19 +3,17 @@
 Axes: b batch, t time.
 """
 
-import hashlib
 import math
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from anymamba import checkpoint
-from anymamba.data import Batches, TokenData, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
+from anymamba.data import Batches, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
 from anymamba.model import MambaLM
@@ -28,10 +26,11 @@ from anymamba.train.evaluate import Evaluation, evaluate
 from anymamba.train.hardware import autocast, choose_device, choose_precision
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
-from anymamba.train.runs import first_ids, typical_start
+from anymamba.train.runs import first_ids, text_digest, typical_start
 from anymamba.train.schedule import Every, learning_rate
 
 CONFIG = "train.json"
+LOOKING = 0.1  # share of a run by the clock for measurements and samples
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class Trainer:
         self.state: MambaState | None = None  # carried to the next batch
         self.seconds_before = 0.0  # in earlier processes
         self.began = time.monotonic()
+        self.looking = 0.0  # seconds of it spent on measurements and samples, in this process
         self.rate = 0.0  # tokens per second, smoothed
 
     # ---- where the run stands ----
@@ -278,13 +278,16 @@ class Trainer:
         self.display.step(record, min(1.0, self.progress), self.seconds_left)
 
     def _report(self) -> None:
-        progress = self.progress
-        if self.eval_due.is_due(self.step, progress):
+        progress, begin = self.progress, time.monotonic()
+        # by the clock, looking must not eat up the time for learning, however slow the machine is
+        has_time = self.config.seconds is None or self.looking <= LOOKING * self.seconds
+        if has_time and self.eval_due.is_due(self.step, progress):
             self._measure()
-        if self.sample_due.is_due(self.step, progress):
+        if has_time and self.sample_due.is_due(self.step, progress):
             text = self._sample(self.config.sample_tokens)
             self.log.write({"step": self.step, "sample": text})
             self.display.sample(text)
+        self.looking += time.monotonic() - begin
         if self.save_due.is_due(self.step, progress):
             self._save()
 
@@ -326,14 +329,6 @@ class Trainer:
         record |= {"final_bits_per_byte": result.bits_per_byte, "final_tokens": result.tokens}
         self.log.write(record | {"sample": sample})
         return Result(self.folder, self.step, self.model, None, result, sample, self.prompt, plot(self.folder))
-
-
-def text_digest(data: TokenData) -> str:
-    """Tells one tokenised text from another, by its length and a sample of its tokens."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (data.train, data.heldout):
-        digest.update(f"{len(part)} ".encode() + np.ascontiguousarray(part[:: len(part) // 65536 + 1]).tobytes())
-    return digest.hexdigest()
 
 
 def _new_folder(config: TrainConfig) -> Path:
