@@ -14,9 +14,9 @@ import torch
 from numba import njit
 
 from anymamba.cli.doctor import _features, _processor
+from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import next_item
-from anymamba.kernels import LANES
 from anymamba.kernels.numba_simd import exp2, keep_apart, load, splat, store
 
 RESULTS = Path(__file__).parent / "results"

@@ -272,10 +272,7 @@ def gradients_of(m, loss):
     return torch.autograd.grad(loss, list(m.parameters()))
 
 
-A_IN_FLOAT32 = pytest.mark.xfail(strict=True, reason="MambaMixer computes A = -exp(A_log.float()) also in float64")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=A_IN_FLOAT32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(t=st.integers(2, 12), data=st.data())
 def test_model_gradients_through_the_state(dtype, t, data):
     """Cut in two, with the state's history kept: the gradients of the whole."""

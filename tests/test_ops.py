@@ -401,7 +401,6 @@ def _ones(*outputs):
     return [torch.ones(v.shape, dtype=torch.float64) for v in outputs]
 
 
-@pytest.mark.xfail(strict=True, reason="kernels add up gradients of per-channel weights over time one by one")
 @pytest.mark.parametrize("op", ["scan", "conv"])
 def test_sums_over_many_steps(op):
     """Gradients of D, biases and conv weights are sums over time: rounding must not grow with the length."""

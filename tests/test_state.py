@@ -187,12 +187,24 @@ def test_a_failed_save_leaves_the_old_file(model, state, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
-    with pytest.raises(AnymambaError, match=r"cannot save the state to .*No space left on device.*free some space"):
+    with pytest.raises(AnymambaError, match=r"cannot write .*No space left on device.*free some space"):
         state.select([0]).save(path, model)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["s"]
 
 
-def test_save_to_a_folder_that_does_not_exist(model, state, tmp_path):
-    with pytest.raises(AnymambaError, match=r"cannot save the state to .*nowhere"):
-        state.save(tmp_path / "nowhere" / "s", model)
+def test_save_makes_the_folder(model, state, tmp_path):
+    state.save(tmp_path / "new" / "s", model)
+    assert os.listdir(tmp_path / "new") == ["s"]
+
+
+def test_save_where_no_folder_can_be(model, state, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnymambaError, match=r"cannot write .*file"):
+        state.save(tmp_path / "file" / "s", model)
+
+
+def test_a_saved_state_can_be_read_by_others(model, state, tmp_path):
+    (tmp_path / "plain").write_text("")
+    state.save(tmp_path / "s", model)
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "plain").stat().st_mode

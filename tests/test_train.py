@@ -256,7 +256,7 @@ def test_evaluation_refuses(model, tokens, options, words):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"carry": True, "accumulate": 2}, {"carry": True}],
+@pytest.mark.parametrize("options", [{"carry": False}, {"carry": False, "accumulate": 3}, {"accumulate": 2}, {}],
                          ids=["plain", "accumulate", "carry+accumulate", "carry"])  # fmt: skip
 def test_resumed_is_never_stopped(text, tmp_path, options):
     options |= {"steps": 12, "eval_every": 4}
@@ -552,7 +552,7 @@ def test_file_size_limit_of_a_real_process(text, tmp_path):
         ({"holdout": 1.0}, "holdout=1.0"),
         ({"warmup": 1}, "warmup=1"),
         ({"seed": -1}, "seed=-1"),
-        ({"carry": True, "packed": True}, "choose one"),
+        ({"carry": True, "packed": True}, "with --packed give --no-carry"),
         ({"preset": "huge"}, "unknown preset 'huge': known presets are tiny"),
         ({"d_model": 0}, "d_model=0"),
         ({"precision": "fp8"}, "precision='fp8'"),

@@ -182,7 +182,9 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: flo
         _fail("add_rms_norm", "weight", weight, f"it must be ({x.shape[-1] if x.dim() else 1},), the last axis of x")
     if residual is not None and residual.shape != x.shape:
         _fail("add_rms_norm", "residual", residual, f"it must have the shape of x, {tuple(x.shape)}")
-    if _choose(backend, x) == "reference":
+    if not x.is_floating_point() or (dtype is not None and not dtype.is_floating_point):
+        _fail("add_rms_norm", "x", x, f"x and dtype={dtype} must be floating-point types")
+    if _choose(backend, x) == "reference" or dtype == torch.float64:
         return reference.add_rms_norm(x, residual, weight, eps=eps, dtype=dtype)
     real = torch.float32
     out, total, _ = torch.ops.anymamba.add_rms_norm(x, _to(residual, real), weight.to(real), eps, dtype or x.dtype)

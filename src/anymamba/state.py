@@ -3,7 +3,6 @@
 Axes: b rows, d d_inner, w d_conv, n d_state.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.files import write_atomically
 
 FORMAT = "anymamba-state-1"
 
@@ -107,24 +107,14 @@ class MambaState:
 
         Raises AnymambaError if the file cannot be written.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {"seen": self.seen}
         for i, (conv, ssm) in enumerate(self.layers):
             tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.ssm": ssm}
         tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, part, metadata={"format": FORMAT, "model": model.fingerprint()})
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            raise AnymambaError(f"cannot save the state to {path}: {error}; free some space or choose another folder. "
-                                "What was there before is untouched.") from error  # fmt: skip
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        meta = {"format": FORMAT, "model": model.fingerprint()}
+        write_atomically(path, lambda part: save_file(tensors, part, metadata=meta))
 
     @classmethod
     def load(cls, path: str | os.PathLike, model) -> Self:

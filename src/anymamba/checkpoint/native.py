@@ -2,31 +2,16 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.files import write_atomically
 from anymamba.model import MambaLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, then put the result in its place: whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save(model: MambaLM, folder: str | os.PathLike) -> None:
@@ -34,7 +19,6 @@ def save(model: MambaLM, folder: str | os.PathLike) -> None:
 
     Raises AnymambaError if the folder cannot be written or the disk is full; files that were there stay whole.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -42,13 +26,8 @@ def save(model: MambaLM, folder: str | os.PathLike) -> None:
     if model.config.tie_embeddings:
         tensors.pop("lm_head.weight", None)  # it is the embedding
     text = json.dumps({"format": "anymamba-1", "model": model.config.to_dict()}, indent=2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
-        write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-    except (OSError, SafetensorError) as error:
-        raise AnymambaError(f"cannot save the model to {folder}: {error}; free some space or choose "
-                            "another folder. What was there before is untouched.") from error  # fmt: skip
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
 
 
 def load_config(folder: str | os.PathLike) -> MambaConfig:

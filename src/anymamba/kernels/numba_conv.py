@@ -11,7 +11,7 @@ from numba import njit
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
-from anymamba.kernels.numba_simd import fma, keep_apart, load, sigmoid, splat, store
+from anymamba.kernels.numba_simd import drain, fma, keep_apart, load, sigmoid, splat, store
 
 ZERO, ONE = np.float32(0), np.float32(1)
 CHUNK = 64
@@ -64,9 +64,9 @@ def _narrow(source, y, y_row, c, m, t0, t1):
 
 @njit
 def _convolve_back(steps, w, window, weight, dy, dy_row, c, m, t0, silu, pre, dpre, dweight, dbias):
-    """dpre[t]: gradient before the activation; adds its products with the inputs to dweight and dbias."""
+    """dpre[t]: gradient before the activation; the chunk's dweight and dbias."""
     keep_apart()
-    sum_b = load(dbias, 0, LANES)
+    sum_b = splat(ZERO)
     for t in range(steps):
         g = load(dy, (t0 + t) * dy_row + c, m)
         if silu:
@@ -77,7 +77,7 @@ def _convolve_back(steps, w, window, weight, dy, dy_row, c, m, t0, silu, pre, dp
         sum_b = sum_b + g
     store(dbias, 0, sum_b, LANES)
     for k in range(w):
-        total = load(dweight, k * LANES, LANES)
+        total = splat(ZERO)
         for t in range(steps):
             total = fma(load(dpre, t * LANES, LANES), load(window, (t + k) * LANES, LANES), total)
         store(dweight, k * LANES, total, LANES)
@@ -170,6 +170,7 @@ def conv_backward(dtype):
         pre, dpre = np.empty(CHUNK * LANES, np.float32), np.empty((CHUNK + 2 * past) * LANES, np.float32)
         weight_lanes, bias_lanes = np.empty(w * LANES, np.float32), np.empty(LANES, np.float32)
         dweight_lanes, dbias_lanes = np.empty(w * LANES, np.float32), np.empty(LANES, np.float32)
+        dweight_total, dbias_total = np.empty(w * LANES), np.empty(LANES)
         first, last = np.empty(past * LANES, np.float32), np.empty(past * LANES, np.float32)
 
         item = next_item(p)
@@ -178,7 +179,7 @@ def conv_backward(dtype):
             m = min(LANES, d - c)
             _gather(weight, True, c, m, w, weight_lanes)
             _gather(bias, p[9] != 0, c, m, 1, bias_lanes)
-            dweight_lanes[:], dbias_lanes[:] = ZERO, ZERO
+            dweight_total[:], dbias_total[:] = 0, 0
             for q in range(sequences):
                 begin, end = bounds[q], bounds[q + 1]
                 _gather(initial, p[10] != 0, q * d + c, m, past, first)
@@ -195,6 +196,8 @@ def conv_backward(dtype):
                         _convolve(w, window, weight_lanes, bias_lanes, False, pre, LANES, 0, LANES, 0, t1 - t0)
                     _convolve_back(t1 - t0, w, window, weight_lanes, dy, dy_row, c, m, t0, silu, pre, dpre,
                                    dweight_lanes, dbias_lanes)  # fmt: skip
+                    drain(dweight_lanes, w * LANES, dweight_total, 0)
+                    drain(dbias_lanes, LANES, dbias_total, 0)
                     _input_gradient(t1 - t0, w, weight_lanes, dpre, 0, out)
                     for t in range(max(t0, end - past), t1):
                         for v in range(LANES):
@@ -209,8 +212,8 @@ def conv_backward(dtype):
                     for v in range(LANES):
                         out[i * LANES + v] += last[(i - (end - begin)) * LANES + v]
                 _scatter(out, 0, q * d + c, m, past, dinitial)
-            _scatter(dweight_lanes, 0, c, m, w, dweight)
-            _scatter(dbias_lanes, 0, c, m, 1, dbias)
+            _scatter(dweight_total, 0, c, m, w, dweight)
+            _scatter(dbias_total, 0, c, m, 1, dbias)
             item = next_item(p)
 
     return kernel

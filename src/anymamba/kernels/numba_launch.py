@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-F32, I64 = types.float32, types.int64
+F32, F64, I64 = types.float32, types.float64, types.int64
 STORAGE = {torch.float32: F32, torch.bfloat16: types.int16, torch.float16: types.uint16}
 SMALL = 1 << 16  # operations that take about as long as waking a thread
 HEADER = 2  # parameters before the kernel's own: the counter and the number of items

@@ -6,8 +6,8 @@ from numba import njit
 
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
-from anymamba.kernels.numba_launch import F32, address, next_item, pointer
-from anymamba.kernels.numba_simd import fma, hsum, keep_apart, load, splat, store
+from anymamba.kernels.numba_launch import F32, F64, address, next_item, pointer
+from anymamba.kernels.numba_simd import drain, fma, hsum, keep_apart, load, splat, store
 
 ZERO = np.float32(0)
 
@@ -64,7 +64,7 @@ def norm_forward(dtype):
     def kernel(p):
         x, residual, weight = pointer(p[2], x_type), pointer(p[3], F32), pointer(p[4], F32)
         out, total, inverse = pointer(p[5], out_type), pointer(p[6], F32), pointer(p[7], F32)
-        count, m, items, eps = p[8], p[9], p[1], p[10] * 1e-12
+        count, m, items, eps = p[8], p[9], p[1], pointer(p[10], F64)[0]
         item = next_item(p)
         while item < items:
             for t in range(item * count // items, (item + 1) * count // items):
@@ -86,16 +86,19 @@ def norm_backward(dtype):
         weight, dx = pointer(p[6], F32), pointer(p[7], x_type)
         dresidual, dweight = pointer(p[8], F32), pointer(p[9], F32)
         count, m, items = p[10], p[11], p[1]
-        sums = np.empty(m + LANES, np.float32)
+        sums, sums_total = np.zeros(m + LANES, np.float32), np.empty(m)
         item = next_item(p)
         while item < items:
-            sums[:] = ZERO
+            sums_total[:] = 0
             for t in range(item * count // items, (item + 1) * count // items):
                 r = inverse[t]
                 mean = np.float32(_products(total, weight, dy, t * m, m) * r * r / m)
                 _row_back(total, weight, dy, dtotal, dx, dresidual, sums, t * m, m, r, mean, p[3] != 0)
+                if t % 64 == 63:
+                    drain(sums, m, sums_total, 0)
+            drain(sums, m, sums_total, 0)
             for k in range(m):
-                dweight[item * m + k] = sums[k]
+                dweight[item * m + k] = sums_total[k]
             item = next_item(p)
 
     return kernel
@@ -106,8 +109,9 @@ def add_rms_norm(x, residual, weight, eps, out_dtype):
     count, m = x.shape
     out, total, inverse = torch.empty(count, m, dtype=out_dtype), torch.empty(count, m), torch.empty(count)
     types = (launch.STORAGE[x.dtype], launch.STORAGE[out_dtype])
+    eps = torch.tensor(eps, dtype=torch.float64)
     launch.launch(norm_forward, types, min(launch.threads(), count), [
-        *map(address, (x, residual, weight, out, total, inverse)), count, m, round(eps * 1e12),
+        *map(address, (x, residual, weight, out, total, inverse)), count, m, address(eps),
     ], work=count * m)  # fmt: skip
     return out, total, inverse
 

@@ -178,6 +178,18 @@ def split_work(sequences):
     return teams, 1 if teams % workers == 0 or teams == 4 * workers else workers
 
 
+def _slots(bounds, total, chunk, blocks, n):
+    """Room for the state at each chunk's start. Chunk k of sequence q is slot bounds[q] // chunk + q + k; sequences
+    that are no whole number of chunks leave slots between them, which are set to 0."""
+    counts = -(-bounds.diff() // chunk)
+    first = bounds[:-1] // chunk + torch.arange(len(counts))
+    saved = torch.empty(total // chunk + len(counts) + 1, blocks, n, LANES)
+    used = torch.zeros(len(saved), dtype=torch.bool)
+    used[torch.repeat_interleave(first - counts.cumsum(0) + counts, counts) + torch.arange(int(counts.sum()))] = True
+    saved[~used] = 0
+    return saved
+
+
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds, save):
     """y, final_state (s,d,n) and, if `save`, the states that `selective_scan_backward` starts from, else None.
 
@@ -190,7 +202,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bo
     blocks = groups * -(-(d // groups) // LANES)
     y = torch.empty(total, d, dtype=x.dtype)
     final_state = torch.empty(sequences, d, n)
-    saved = torch.empty(total // chunk + sequences + 1, blocks, n, LANES) if save else None
+    saved = _slots(bounds, total, chunk, blocks, n) if save else None
     teams, parts = split_work(sequences)
     launch.launch(scan_forward, launch.STORAGE[x.dtype], teams * parts, [
         *map(address, (x, dt, z, y)), x.stride(0), dt.stride(0), z.stride(0) if z is not None else 0, d,

@@ -12,7 +12,7 @@ from anymamba.kernels import LANES, chunk_length
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
 from anymamba.kernels.numba_scan import ONE, ZERO, block, gather, prepare, scatter, split_work, vector
-from anymamba.kernels.numba_simd import LOG2E, exp2, fma, hsum, keep_apart, load, sigmoid, splat, store
+from anymamba.kernels.numba_simd import LOG2E, drain, exp2, fma, hsum, keep_apart, load, sigmoid, splat, store
 
 LN2 = np.float32(np.log(2))
 
@@ -41,7 +41,7 @@ def _scan_keep(steps, n, s, u, A, hs, decay, B, C, bc, bc_row, B_lanes, C_lanes,
 def _gate_back(x, x_row, z, z_row, dy, dy_row, dz, dz_row, D, dD, c, m, t0, t1, has_z, acc):
     """From dy: the gradient before the gate (into acc, which held C·h), dz and dD."""
     keep_apart()
-    d, sum_d = load(D, 0, LANES), load(dD, 0, LANES)
+    d, sum_d = load(D, 0, LANES), splat(ZERO)
     for t in range(t0, t1):
         i = (t - t0) * LANES
         xv, g = load(x, t * x_row + c, m), load(dy, t * dy_row + c, m)
@@ -90,7 +90,7 @@ def _finish_back(x, x_row, dt, dt_row, dx, dx_row, ddt, ddt_row, bias, D, dbias,
                  dxs):  # fmt: skip
     """dx = Δ Σ g B + D dy;  dΔ = ds + x Σ g B, through the softplus to the raw dt and its bias."""
     keep_apart()
-    d, b, sum_b = load(D, 0, LANES), load(bias, 0, LANES), load(dbias, 0, LANES)
+    d, b, sum_b = load(D, 0, LANES), load(bias, 0, LANES), splat(ZERO)
     for t in range(t0, t1):
         i = (t - t0) * LANES
         gb = load(dxs, i, LANES)
@@ -134,15 +134,17 @@ def scan_backward(dtype):
         blocks = per_group * groups
         share = (blocks + parts - 1) // parts
         row = n * LANES
-        # per block, kept over time: A, the carried gradient of h, and the sums for dA (dB, dC where constant)
+        # per block, kept over time: A, the carried gradient of h, constants, and sums over all of time in float64
         A_lanes, g = np.empty(share * row, np.float32), np.empty(share * row, np.float32)
-        dA_lanes = np.empty(share * row, np.float32)
         B_lanes, C_lanes = np.empty(share * row, np.float32), np.empty(share * row, np.float32)
         D_lanes, bias_lanes = np.empty(share * LANES, np.float32), np.empty(share * LANES, np.float32)
-        dD_lanes, dbias_lanes = np.empty(share * LANES, np.float32), np.empty(share * LANES, np.float32)
-        # per chunk: sums over the blocks of a group, which have time steps unless B or C is constant
-        dB_lanes = np.empty(share * row if const_B else chunk * row, np.float32)
-        dC_lanes = np.empty(share * row if const_C else chunk * row, np.float32)
+        dA_total, dD_total, dbias_total = np.empty(share * row), np.empty(share * LANES), np.empty(share * LANES)
+        dB_total, dC_total = np.empty(share * row if const_B else 0), np.empty(share * row if const_C else 0)
+        # per chunk: sums in float32. Those for B and C have time steps, over the blocks of a group, unless constant
+        dA_lanes, dD_lanes = np.zeros(row, np.float32), np.zeros(LANES, np.float32)
+        dbias_lanes = np.zeros(LANES, np.float32)
+        dB_lanes = np.zeros(row if const_B else chunk * row, np.float32)
+        dC_lanes = np.zeros(row if const_C else chunk * row, np.float32)
         dB_step, dC_step = (0 if const_B else row), (0 if const_C else row)
         hs, decay = np.empty((chunk + 1) * row, np.float32), np.empty(chunk * row, np.float32)
         s, u = np.empty(chunk * LANES, np.float32), np.empty(chunk * LANES, np.float32)
@@ -163,7 +165,7 @@ def scan_backward(dtype):
                     gather(B, c, m, n, ONE, B_lanes, (k - low) * row)
                 if const_C:
                     gather(C, c, m, n, ONE, C_lanes, (k - low) * row)
-            dA_lanes[:], dB_lanes[:], dC_lanes[:], dD_lanes[:], dbias_lanes[:] = ZERO, ZERO, ZERO, ZERO, ZERO
+            dA_total[:], dB_total[:], dC_total[:], dD_total[:], dbias_total[:] = 0, 0, 0, 0, 0
             for q in range(team * sequences // teams, (team + 1) * sequences // teams):
                 for k in range(low, high):
                     _, c, m = block(k, width, per_group)
@@ -187,14 +189,20 @@ def scan_backward(dtype):
                         prepare(x, x_row, dt, dt_row, bias_lanes[e:], c, m, t0, t1, use_softplus, s, u)
                         _scan_keep(t1 - t0, n, s, u, A_lanes[i:], hs, decay, B, C, bc, groups * n, B_lanes[i:],
                                    C_lanes[i:], const_B, const_C, acc)  # fmt: skip
-                        _gate_back(x, x_row, z, z_row, dy, dy_row, dz, d, D_lanes[e:], dD_lanes[e:], c, m, t0, t1,
+                        _gate_back(x, x_row, z, z_row, dy, dy_row, dz, d, D_lanes[e:], dD_lanes, c, m, t0, t1,
                                    has_z, acc)  # fmt: skip
                         _scan_back(t1 - t0, n, s, u, A_lanes[i:], hs, decay, B, C, bc, groups * n, B_lanes[i:],
-                                   C_lanes[i:], const_B, const_C, acc, g[i:], dA_lanes[i:],
-                                   dB_lanes[i if const_B else 0 :], dC_lanes[i if const_C else 0 :], dB_step, dC_step,
-                                   ds, dxs)  # fmt: skip
-                        _finish_back(x, x_row, dt, dt_row, dx, d, ddt, d, bias_lanes[e:], D_lanes[e:], dbias_lanes[e:],
+                                   C_lanes[i:], const_B, const_C, acc, g[i:], dA_lanes, dB_lanes, dC_lanes,
+                                   dB_step, dC_step, ds, dxs)  # fmt: skip
+                        _finish_back(x, x_row, dt, dt_row, dx, d, ddt, d, bias_lanes[e:], D_lanes[e:], dbias_lanes,
                                      c, m, t0, t1, use_softplus, s, acc, ds, dxs)  # fmt: skip
+                        drain(dA_lanes, row, dA_total, i)
+                        drain(dD_lanes, LANES, dD_total, e)
+                        drain(dbias_lanes, LANES, dbias_total, e)
+                        if const_B:
+                            drain(dB_lanes, row, dB_total, i)
+                        if const_C:
+                            drain(dC_lanes, row, dC_total, i)
                         if (k + 1) % per_group == 0 or k + 1 == high:  # the group's last block here: sum over lanes
                             out = part * total * groups * n + bc
                             if not const_B:
@@ -207,13 +215,13 @@ def scan_backward(dtype):
             for k in range(low, high):
                 _, c, m = block(k, width, per_group)
                 i, e = (k - low) * row, (k - low) * LANES
-                scatter(dA_lanes, i, team * d + c, m, n, dA)
+                scatter(dA_total, i, team * d + c, m, n, dA)
                 if const_B:
-                    scatter(dB_lanes, i, team * d + c, m, n, dB)
+                    scatter(dB_total, i, team * d + c, m, n, dB)
                 if const_C:
-                    scatter(dC_lanes, i, team * d + c, m, n, dC)
-                scatter(dD_lanes, e, team * d + c, m, 1, dD)
-                scatter(dbias_lanes, e, team * d + c, m, 1, dbias)
+                    scatter(dC_total, i, team * d + c, m, n, dC)
+                scatter(dD_total, e, team * d + c, m, 1, dD)
+                scatter(dbias_total, e, team * d + c, m, 1, dbias)
             item = next_item(p)
 
     return kernel

@@ -281,15 +281,13 @@ def keep_apart(typingctx):
 # ---- functions -------------------------------------------------------------------------------------------------
 
 LOG2E = np.float32(1.4426950408889634)
+_LOG2E_REST = np.float32(1.4426950408889634 - float(LOG2E))
 _MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer k and leaves k in the low bits
 
 
 @njit(forceinline=True)
-def exp2(x):
-    """2^x, relative error 8e-8, for every lane; at most 1e-38 below -125, 2^127 from 127 on; NaN stays."""
-    x = minimum(maximum(x, np.float32(-125.0)), np.float32(127.0))
-    t = x + _MAGIC
-    f = x - (t - _MAGIC)  # in [-1/2, 1/2]
+def _two_to(f, t):
+    """2^(f + k) for f in [-1/2, 1/2] and the k in the low bits of t."""
     # minimax polynomial of 2^f of degree 6 with p(0) = 1
     p = fma(f, splat(np.float32(1.5353362e-4)), np.float32(1.3398874e-3))
     p = fma(p, f, np.float32(9.6184373e-3))
@@ -301,19 +299,31 @@ def exp2(x):
 
 
 @njit(forceinline=True)
+def exp2(x):
+    """2^x, relative error 8e-8, for every lane; at most 1e-38 below -125, 2^127 from 127 on; NaN stays."""
+    x = minimum(maximum(x, np.float32(-125.0)), np.float32(127.0))
+    t = x + _MAGIC
+    return _two_to(x - (t - _MAGIC), t)
+
+
+@njit(forceinline=True)
 def exp(x):
-    return exp2(x * LOG2E)
+    """e^x, relative error 1e-7 for every x: x·log₂e is carried to more than float32's digits."""
+    x = minimum(maximum(x, np.float32(-86.5)), np.float32(88.0))
+    t = fma(x, splat(LOG2E), _MAGIC)
+    k = t - _MAGIC
+    return _two_to(fma(x, splat(_LOG2E_REST), fma(x, splat(LOG2E), k * np.float32(-1.0))), t)
 
 
 @njit(forceinline=True)
 def sigmoid(x):
-    return splat(np.float32(1.0)) / (exp2(x * -LOG2E) + np.float32(1.0))
+    return splat(np.float32(1.0)) / (exp(x * np.float32(-1.0)) + np.float32(1.0))
 
 
 @njit(forceinline=True)
 def softplus(x):
     """log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|, by the series of 2·artanh(u / (2 + u))."""
-    u = exp2(absolute(x) * -LOG2E)
+    u = exp(absolute(x) * np.float32(-1.0))
     s = u / (u + np.float32(2.0))
     q = s * s
     p = fma(q, splat(np.float32(2.0 / 15)), np.float32(2.0 / 13))
@@ -324,3 +334,14 @@ def softplus(x):
     p = fma(p, q, np.float32(2.0 / 3))
     p = fma(p, q, np.float32(2.0))
     return fma(p, s, maximum(x, np.float32(0.0)))
+
+
+# ---- sums ---------------------------------------------------------------------------------------------------------
+
+
+@njit
+def drain(lanes, count, total, start):
+    """Add a chunk's sums to the totals: float32 within a chunk, float64 across them, so that length costs no digits."""
+    for i in range(count):
+        total[start + i] += lanes[i]
+        lanes[i] = np.float32(0)

@@ -48,8 +48,9 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         y, ssm_state = selective_scan(
-            x, self.dt_proj(dt), -torch.exp(self.A_log.float()), B, C, self.D, z,
+            x, self.dt_proj(dt), A, B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return self.out_proj(y), LayerState(conv_state, ssm_state)

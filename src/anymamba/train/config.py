@@ -22,9 +22,7 @@ class TrainConfig:
     """
 
     # text
-    data: tuple[str, ...] | None = (
-        None  # files and folders to read; the source code of Python's standard library if none
-    )
+    data: tuple[str, ...] | None = None  # files and folders to read; Python's standard library if none
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json, or a folder that holds one
     holdout: float = 0.1  # share of the text that is not trained on but measured
@@ -40,21 +38,21 @@ class TrainConfig:
     dt_rank: int | None = None  # rank of the step projection
 
     # batches
-    batch_size: int = 8  # rows of a forward pass
-    seqlen: int = 256  # tokens of a row
+    batch_size: int = 16  # rows of a forward pass
+    seqlen: int = 128  # tokens of a row
     accumulate: int = 1  # forward passes per step
-    carry: bool = False  # rows continue the text of the step before, state and all (truncated backpropagation)
+    carry: bool = True  # rows continue the text of the step before, state and all (truncated backpropagation)
     packed: bool = False  # the state starts anew at each document within a row
     recompute: bool = False  # compute each block again in backward: less memory, more time
 
     # optimisation
     steps: int | None = None  # length of the run in steps: then a resumed run is bit-identical
     minutes: float | None = None  # length of the run by the clock; 3 where neither is given
-    lr: float = 3e-3  # highest learning rate
-    min_lr: float = 1e-5  # the learning rate falls to this, along a cosine
+    lr: float = 6e-3  # highest learning rate
+    min_lr: float = 0.0  # the learning rate falls to this, along a cosine
     warmup: float = 0.1  # share of the run in which the learning rate rises
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: float = 0.1  # of matrices; A_log, D, biases and norms have none
+    weight_decay: float = 0.3  # of matrices; A_log, D, biases and norms have none
     clip: float = 1.0  # largest norm of the gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is faster, tried out at the start
     device: str = "auto"  # auto: a GPU if there are kernels for it, else the CPU
@@ -89,7 +87,9 @@ class TrainConfig:
                 f"steps={self.steps} and minutes={self.minutes}: a run has one length, give one of them"
             )
         if self.carry and self.packed:
-            raise AnymambaError("carry takes the state across chunks and packed stops it at documents: choose one")
+            raise AnymambaError(
+                "carry takes the state across chunks and packed stops it at documents: with --packed give --no-carry"
+            )
         self.model_config(vocab_size=1)
 
     @property
