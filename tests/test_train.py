@@ -27,7 +27,8 @@ from anymamba.train.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "loss.json"
 TINY = {"d_model": 32, "n_layer": 2, "seqlen": 64, "batch_size": 4, "eval_tokens": 512, "final_tokens": 1024,
-        "sample_tokens": 4, "precision": "fp32"}  # fmt: skip
+        "sample_tokens": 4, "precision": "fp32", "carry": False,
+        "lr": 3e-3, "min_lr": 1e-5, "weight_decay": 0.1}  # fmt: skip
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
@@ -256,7 +257,7 @@ def test_evaluation_refuses(model, tokens, options, words):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("options", [{"carry": False}, {"carry": False, "accumulate": 3}, {"accumulate": 2}, {}],
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"carry": True, "accumulate": 2}, {"carry": True}],
                          ids=["plain", "accumulate", "carry+accumulate", "carry"])  # fmt: skip
 def test_resumed_is_never_stopped(text, tmp_path, options):
     options |= {"steps": 12, "eval_every": 4}
@@ -544,7 +545,7 @@ def test_file_size_limit_of_a_real_process(text, tmp_path):
     [
         ({"lr": -1}, r"lr=-1, but it must be a finite number above 0"),
         ({"lr": math.nan}, "lr=nan"),
-        ({"min_lr": 1.0}, r"min_lr=1.0, but it must be at most lr=0.003"),
+        ({"min_lr": 1.0}, r"min_lr=1.0, but it must be at most lr=0.006"),
         ({"batch_size": 0}, "batch_size=0, but it must be a whole number of at least 1"),
         ({"steps": 1.5}, "steps=1.5"),
         ({"steps": 5, "minutes": 1}, "steps=5 and minutes=1: a run has one length"),

@@ -292,10 +292,9 @@ class Trainer:
             self._save()
 
     def _measure(self) -> None:
-        config = self.config  # measured as trained: with the text before, or in windows that stand alone
-        context = 1024 if config.carry else config.seqlen
-        result = self._evaluate(context=context, carry=config.carry, batch_size=config.batch_size,
-                                max_tokens=config.eval_tokens)  # fmt: skip
+        # windows all over the text, long enough that their beginnings weigh little; the end measures without cuts
+        context = max(self.config.seqlen, 1024)
+        result = self._evaluate(context=context, carry=False, max_tokens=self.config.eval_tokens)
         self.log.write({"step": self.step, "heldout_nats": result.nats, "heldout_bits_per_byte": result.bits_per_byte})
         self.display.heldout(result.nats, result.bits_per_byte)
 
