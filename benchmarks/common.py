@@ -17,7 +17,8 @@ from anymamba.cli.doctor import _features, _processor
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import next_item
-from anymamba.kernels.numba_simd import exp2, keep_apart, load, splat, store
+from anymamba.kernels.numba_math import exp2
+from anymamba.kernels.numba_simd import keep_apart, load, splat, store
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -149,7 +149,7 @@ def test_initialisation():
         assert float(p.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
     embedding = model.backbone.embedding.weight
-    assert float(embedding.std()) == pytest.approx(0.02, rel=0.02)
+    assert embedding.std().item() == pytest.approx(0.02, rel=0.02)
     assert float(embedding.mean()) == pytest.approx(0, abs=1e-3)
     for block in model.backbone.layers:
         mixer = block.mixer

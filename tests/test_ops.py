@@ -718,3 +718,27 @@ def test_broken_numba_is_not_called_missing(tmp_path):
     (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('wrong NumPy')")
     done = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport anymamba; print(anymamba.explain())")
     assert "numba is installed but does not work: ImportError: wrong NumPy" in done.stdout, done.stderr
+
+
+WITHOUT_AVX512 = """
+import torch
+from anymamba import selective_scan
+from anymamba.kernels.numba_math import STEPS
+assert STEPS == 1
+torch.manual_seed(0)
+x, dt, z = torch.randn(2, 63, 37), torch.randn(2, 63, 37), torch.randn(2, 63, 37)
+B, C, A = torch.randn(2, 63, 16), torch.randn(2, 63, 16), -torch.rand(37, 16)
+inputs = [v.requires_grad_() for v in (x, dt, A, B, C)]
+def run(backend, real):
+    v = [u.to(real) for u in inputs]
+    y, h = selective_scan(*v, z=z.to(real), dt_softplus=True, backend=backend)
+    return [y, h, *torch.autograd.grad(y.sum() + h.sum(), inputs)]
+for got, want in zip(run("numba", torch.float32), run("reference", torch.float64)):
+    assert (got - want).norm() <= 1e-6 * want.norm()
+"""
+
+
+def test_the_path_without_avx512():
+    """What processors without AVX-512 run: the polynomial exponential. Where there is none, the other tests did."""
+    done = run_python(WITHOUT_AVX512, ANYMAMBA_NO_AVX512="1")
+    assert done.returncode == 0, done.stderr

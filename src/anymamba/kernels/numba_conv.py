@@ -11,7 +11,8 @@ from numba import njit
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
-from anymamba.kernels.numba_simd import drain, fma, keep_apart, load, sigmoid, splat, store
+from anymamba.kernels.numba_math import drain, sigmoid
+from anymamba.kernels.numba_simd import fma, keep_apart, load, splat, store
 
 ZERO, ONE = np.float32(0), np.float32(1)
 CHUNK = 64

@@ -71,7 +71,8 @@ def _cache_dir():
     digest = hashlib.sha256()
     for source in sorted(pathlib.Path(__file__).parent.glob("numba_*.py")):
         digest.update(source.read_bytes())
-    digest.update(f"{numba.__version__} {sys.version_info[:2]}".encode())
+    variant = os.environ.get("ANYMAMBA_NO_AVX512")
+    digest.update(f"{numba.__version__} {sys.version_info[:2]} {variant}".encode())
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "anymamba"
     root = pathlib.Path(os.environ.get("ANYMAMBA_CACHE") or default)
     folder = root / f"numba-{digest.hexdigest()[:16]}"

@@ -7,7 +7,8 @@ from numba import njit
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, F64, address, next_item, pointer
-from anymamba.kernels.numba_simd import drain, fma, hsum, keep_apart, load, splat, store
+from anymamba.kernels.numba_math import drain
+from anymamba.kernels.numba_simd import fma, hsum, keep_apart, load, splat, store
 
 ZERO = np.float32(0)
 

@@ -15,9 +15,11 @@ from numba import njit
 from anymamba.kernels import LANES, chunk_length
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
-from anymamba.kernels.numba_simd import LOG2E, exp2, fma, keep_apart, load, sigmoid, softplus, splat, store
+from anymamba.kernels.numba_math import LOG2E, STEPS, exp2, sigmoid, softplus
+from anymamba.kernels.numba_simd import fma, keep_apart, load, splat, store
 
 ZERO, ONE = np.float32(0), np.float32(1)
+A_SCALE = np.float32(LOG2E * STEPS)  # exp(Δ A) is exp2(Δ A_lanes)
 
 
 # ---- inner loops: one block, one chunk. Scratch arrays are (step, lane) or (step, n, lane). --------------------
@@ -132,7 +134,7 @@ def scan_forward(dtype):
             high = min(low + share, blocks)
             for k in range(low, high):
                 _, c, m = block(k, width, per_group)
-                gather(A, c, m, n, LOG2E, A_lanes, (k - low) * row)
+                gather(A, c, m, n, A_SCALE, A_lanes, (k - low) * row)
             for q in range(team * sequences // teams, (team + 1) * sequences // teams):
                 for k in range(low, high):
                     _, c, m = block(k, width, per_group)

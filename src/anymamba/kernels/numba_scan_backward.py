@@ -11,10 +11,11 @@ from numba import njit
 from anymamba.kernels import LANES, chunk_length
 from anymamba.kernels import numba_launch as launch
 from anymamba.kernels.numba_launch import F32, I64, address, next_item, pointer
-from anymamba.kernels.numba_scan import ONE, ZERO, block, gather, prepare, scatter, split_work, vector
-from anymamba.kernels.numba_simd import LOG2E, drain, exp2, fma, hsum, keep_apart, load, sigmoid, splat, store
+from anymamba.kernels.numba_math import drain, exp2, sigmoid
+from anymamba.kernels.numba_scan import A_SCALE, ONE, ZERO, block, gather, prepare, scatter, split_work, vector
+from anymamba.kernels.numba_simd import fma, hsum, keep_apart, load, splat, store
 
-LN2 = np.float32(np.log(2))
+A_UNIT = np.float32(1 / A_SCALE)
 
 
 @njit
@@ -81,7 +82,7 @@ def _scan_back(steps, n, s, u, A, hs, decay, B, C, bc, bc_row, B_lanes, C_lanes,
             store(dB, q, fma(gv, uv, load(dB, q, LANES)), LANES)
             q = t * dC_step + k
             store(dC, q, fma(dyv, load(hs, i + row, LANES), load(dC, q, LANES)), LANES)
-        store(ds, t * LANES, sum_a * LN2, LANES)  # A is kept in units of log 2
+        store(ds, t * LANES, sum_a * A_UNIT, LANES)
         store(dxs, t * LANES, sum_b, LANES)
 
 
@@ -158,7 +159,7 @@ def scan_backward(dtype):
             high = min(low + share, blocks)
             for k in range(low, high):
                 _, c, m = block(k, width, per_group)
-                gather(A, c, m, n, LOG2E, A_lanes, (k - low) * row)
+                gather(A, c, m, n, A_SCALE, A_lanes, (k - low) * row)
                 vector(D, has_D, c, m, D_lanes, (k - low) * LANES)
                 vector(bias, has_bias, c, m, bias_lanes, (k - low) * LANES)
                 if const_B:

@@ -11,9 +11,8 @@ Arithmetic is always float32.
 
 import operator
 
-import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 from anymamba.kernels import LANES
@@ -38,13 +37,13 @@ class _VecModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, VF)
 
 
-def _const(element_type, value):
+def constant(element_type, value):
     return ir.Constant(ir.VectorType(element_type, LANES), [value] * LANES)
 
 
 def _splat(builder, scalar):
     one = builder.insert_element(ir.Constant(VF, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(VF, ir.Undefined), _const(I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(VF, ir.Undefined), constant(I32, 0))
 
 
 def _as_vec(context, builder, value, ty):
@@ -53,7 +52,7 @@ def _as_vec(context, builder, value, ty):
     return _splat(builder, context.cast(builder, value, ty, types.float32))
 
 
-def _llvm(builder, name, args, ret=VF):
+def call_llvm(builder, name, args, ret=VF):
     fnty = ir.FunctionType(ret, [a.type for a in args])
     fn = builder.module.globals.get(name) or ir.Function(builder.module, fnty, name)
     return builder.call(fn, args)
@@ -91,7 +90,7 @@ def fma(typingctx, a, b, c):
     """a·b + c, rounded once; scalars are broadcast."""
 
     def codegen(context, builder, sig, args):
-        return _llvm(
+        return call_llvm(
             builder,
             f"llvm.fma.v{LANES}f32",
             [_as_vec(context, builder, v, t) for v, t in zip(args, sig.args, strict=True)],
@@ -124,7 +123,7 @@ minimum, maximum = _select("<"), _select(">")
 
 @intrinsic
 def absolute(typingctx, a):
-    return vec(a), lambda context, builder, sig, args: _llvm(builder, f"llvm.fabs.v{LANES}f32", args)
+    return vec(a), lambda context, builder, sig, args: call_llvm(builder, f"llvm.fabs.v{LANES}f32", args)
 
 
 @intrinsic
@@ -147,7 +146,7 @@ def hsum(typingctx, a):
 
 
 @intrinsic
-def _add_exponent(typingctx, p, t):
+def add_exponent(typingctx, p, t):
     """p · 2^k for the k in the low bits of a magic-number sum t, by integer addition to p's exponent field.
 
     A multiplication would do too, but the multipliers are what a scan waits for; integer units are idle.
@@ -155,7 +154,7 @@ def _add_exponent(typingctx, p, t):
 
     def codegen(context, builder, sig, args):
         mantissa, bits = (builder.bitcast(v, VI) for v in args)
-        return builder.bitcast(builder.add(mantissa, builder.shl(bits, _const(I32, 23))), VF)
+        return builder.bitcast(builder.add(mantissa, builder.shl(bits, constant(I32, 23))), VF)
 
     return vec(p, t), codegen
 
@@ -166,7 +165,7 @@ def _add_exponent(typingctx, p, t):
 def _lane_mask(builder, count):
     lanes = ir.Constant(VI, list(range(LANES)))
     n = builder.insert_element(ir.Constant(VI, ir.Undefined), count, ir.Constant(I32, 0))
-    n = builder.shuffle_vector(n, ir.Constant(VI, ir.Undefined), _const(I32, 0))
+    n = builder.shuffle_vector(n, ir.Constant(VI, ir.Undefined), constant(I32, 0))
     return builder.icmp_signed("<", lanes, n)
 
 
@@ -184,7 +183,7 @@ def _widen(builder, v, dtype):
     if dtype == types.float32:
         return v
     if dtype == types.int16:  # bfloat16 is the upper half of a float32
-        return builder.bitcast(builder.shl(builder.zext(v, VI), _const(I32, 16)), VF)
+        return builder.bitcast(builder.shl(builder.zext(v, VI), constant(I32, 16)), VF)
     return builder.fpext(builder.bitcast(v, ir.VectorType(ir.HalfType(), LANES)), VF)
 
 
@@ -194,11 +193,11 @@ def _narrow(builder, v, dtype):
     if dtype == types.uint16:
         return builder.bitcast(builder.fptrunc(v, ir.VectorType(ir.HalfType(), LANES)), VH)
     bits = builder.bitcast(v, VI)  # round to nearest even; a NaN keeps its payload's top bits, and is made quiet
-    odd = builder.and_(builder.lshr(bits, _const(I32, 16)), _const(I32, 1))
-    rounded = builder.add(builder.add(bits, odd), _const(I32, 0x7FFF))
-    quiet = builder.or_(bits, _const(I32, 0x400000))
+    odd = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 1))
+    rounded = builder.add(builder.add(bits, odd), constant(I32, 0x7FFF))
+    quiet = builder.or_(bits, constant(I32, 0x400000))
     is_nan = builder.fcmp_unordered("uno", v, v)
-    return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _const(I32, 16)), VH)
+    return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), constant(I32, 16)), VH)
 
 
 @intrinsic
@@ -221,7 +220,7 @@ def load(typingctx, arr, index, count):
                 zero = ir.Constant(vt, [0.0 if element is F32 else 0] * LANES)
                 mask = _lane_mask(builder, builder.trunc(count_, I32))
                 name = f"llvm.masked.load.v{LANES}{'f32' if element is F32 else 'i16'}.p0"
-                builder.store(_llvm(builder, name, [p, ir.Constant(I32, 2), mask, zero], vt), out)
+                builder.store(call_llvm(builder, name, [p, ir.Constant(I32, 2), mask, zero], vt), out)
         return _widen(builder, builder.load(out), sig.args[0].dtype)
 
     return vec(arr, index, count), codegen
@@ -245,24 +244,10 @@ def store(typingctx, arr, index, value, count):
             with other:
                 mask = _lane_mask(builder, builder.trunc(count_, I32))
                 name = f"llvm.masked.store.v{LANES}{'f32' if element is F32 else 'i16'}.p0"
-                _llvm(builder, name, [v, p, ir.Constant(I32, 2), mask], ir.VoidType())
+                call_llvm(builder, name, [v, p, ir.Constant(I32, 2), mask], ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(arr, index, value, count), codegen
-
-
-@intrinsic
-def prefetch(typingctx, arr, index):
-    """Ask for the cache line of an element that will be needed soon; any index is safe."""
-
-    def codegen(context, builder, sig, args):
-        index_ = context.cast(builder, args[1], sig.args[1], types.int64)
-        p = _pointer(context, builder, sig.args[0], args[0], index_)
-        hint = [ir.Constant(I32, k) for k in (0, 3, 1)]  # read, keep, data
-        _llvm(builder, "llvm.prefetch.p0", [p, *hint], ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(arr, index), codegen
 
 
 @intrinsic
@@ -276,72 +261,3 @@ def keep_apart(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-# ---- functions -------------------------------------------------------------------------------------------------
-
-LOG2E = np.float32(1.4426950408889634)
-_LOG2E_REST = np.float32(1.4426950408889634 - float(LOG2E))
-_MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer k and leaves k in the low bits
-
-
-@njit(forceinline=True)
-def _two_to(f, t):
-    """2^(f + k) for f in [-1/2, 1/2] and the k in the low bits of t."""
-    # minimax polynomial of 2^f of degree 6 with p(0) = 1
-    p = fma(f, splat(np.float32(1.5353362e-4)), np.float32(1.3398874e-3))
-    p = fma(p, f, np.float32(9.6184373e-3))
-    p = fma(p, f, np.float32(5.5503324e-2))
-    p = fma(p, f, np.float32(2.4022648e-1))
-    p = fma(p, f, np.float32(6.9314718e-1))
-    p = fma(p, f, np.float32(1.0))
-    return _add_exponent(p, t)
-
-
-@njit(forceinline=True)
-def exp2(x):
-    """2^x, relative error 8e-8, for every lane; at most 1e-38 below -125, 2^127 from 127 on; NaN stays."""
-    x = minimum(maximum(x, np.float32(-125.0)), np.float32(127.0))
-    t = x + _MAGIC
-    return _two_to(x - (t - _MAGIC), t)
-
-
-@njit(forceinline=True)
-def exp(x):
-    """e^x, relative error 1e-7 for every x: x·log₂e is carried to more than float32's digits."""
-    x = minimum(maximum(x, np.float32(-86.5)), np.float32(88.0))
-    t = fma(x, splat(LOG2E), _MAGIC)
-    k = t - _MAGIC
-    return _two_to(fma(x, splat(_LOG2E_REST), fma(x, splat(LOG2E), k * np.float32(-1.0))), t)
-
-
-@njit(forceinline=True)
-def sigmoid(x):
-    return splat(np.float32(1.0)) / (exp(x * np.float32(-1.0)) + np.float32(1.0))
-
-
-@njit(forceinline=True)
-def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|, by the series of 2·artanh(u / (2 + u))."""
-    u = exp(absolute(x) * np.float32(-1.0))
-    s = u / (u + np.float32(2.0))
-    q = s * s
-    p = fma(q, splat(np.float32(2.0 / 15)), np.float32(2.0 / 13))
-    p = fma(p, q, np.float32(2.0 / 11))
-    p = fma(p, q, np.float32(2.0 / 9))
-    p = fma(p, q, np.float32(2.0 / 7))
-    p = fma(p, q, np.float32(2.0 / 5))
-    p = fma(p, q, np.float32(2.0 / 3))
-    p = fma(p, q, np.float32(2.0))
-    return fma(p, s, maximum(x, np.float32(0.0)))
-
-
-# ---- sums ---------------------------------------------------------------------------------------------------------
-
-
-@njit
-def drain(lanes, count, total, start):
-    """Add a chunk's sums to the totals: float32 within a chunk, float64 across them, so that length costs no digits."""
-    for i in range(count):
-        total[start + i] += lanes[i]
-        lanes[i] = np.float32(0)
