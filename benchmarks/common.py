@@ -43,14 +43,16 @@ def card() -> dict:
     }
 
 
-def measure(functions: dict, rounds: int = 5, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function, in rounds of one call each: the machine's moods hit all of them alike."""
-    for f in functions.values():
-        for _ in range(warmup):
-            f()
+def measure(functions: dict, rounds: int = 5, settle: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function, in rounds of one timed call each: the machine's moods hit all of them alike.
+
+    `settle` untimed calls go before each timed one: they bring back memory and caches that the others took.
+    """
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, f in functions.items():
+            for _ in range(settle):
+                f()
             start = time.perf_counter()
             f()
             times[name].append(time.perf_counter() - start)
@@ -69,6 +71,11 @@ def spread(times: list[float]) -> str:
 def ratio(a: list[float], b: list[float]) -> float:
     """Median over the rounds of a / b."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def arguments() -> list[str]:
+    """The command line without --save, which appends the results to results/."""
+    return [a for a in sys.argv[1:] if a != "--save"]
 
 
 class Report:

@@ -1,6 +1,6 @@
 """Time and memory of a forward pass as the text grows, 4K to 64K tokens: linear, or it is not Mamba.
 
-    python benchmarks/cpu_length.py
+    python benchmarks/cpu_length.py [--save]
 
 A model of 4 layers of width 256, the last position's logits only. Each length runs in a process of its own, so that
 the peak memory is that length's; time is the median of 3.
@@ -15,7 +15,7 @@ import time
 import torch
 
 from anymamba import MambaConfig, MambaLM
-from common import Report, median, quiet
+from common import Report, arguments, median, quiet
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 
@@ -37,8 +37,8 @@ def one(t):
 
 
 def main():
-    if len(sys.argv) > 1:
-        return one(int(sys.argv[1]))
+    if arguments():
+        return one(int(arguments()[0]))
     quiet()
     report = Report("cpu_length")
     results = {}

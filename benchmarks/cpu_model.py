@@ -7,13 +7,11 @@ The floor of each is the time of its matrix products on the same shapes, measure
 a free scan, convolution and norm would take. Peer: transformers' MambaForCausalLM with the same weights.
 """
 
-import sys
-
 import torch
 from torch.nn import functional as F
 
 from anymamba import MambaConfig, MambaLM
-from common import Report, measure, median, quiet, ratio, spread
+from common import Report, arguments, measure, median, quiet, ratio, spread
 
 
 def build(dtype):
@@ -81,7 +79,7 @@ def prefill(report, t=2048):
         if dtype == torch.float32:
             assert (ours()[:, :64] - other(ids[:, :64]).logits).abs().max() < 1e-3
         times = measure({"ours": ours, "linear": linears(model, t)}, rounds=7)
-        times |= measure({"transformers": theirs}, rounds=1, warmup=0)
+        times |= measure({"transformers": theirs}, rounds=1, settle=0)
         r, speed = ratio(times["ours"], times["linear"]), t / median(times["ours"])
         for key, v in times.items():
             report.add(f"prefill {t} {name}: {key}, ms", spread(v), median=median(v))
@@ -106,7 +104,7 @@ def train(report, t=1024):
         logits = other(ids[:, :-1]).logits
         F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
 
-    times |= measure({"transformers + mambapy": theirs}, rounds=1, warmup=0)
+    times |= measure({"transformers + mambapy": theirs}, rounds=1, settle=0)
     for key, v in times.items():
         report.add(f"training step {t} fp32: {key}, ms", spread(v), median=median(v))
     r = ratio(times["ours"], times["linear"])
@@ -132,7 +130,7 @@ def decode(report, steps=20):
         def theirs(other=other, cache=cache, token=token):
             return other(token, cache_params=cache, use_cache=True).logits
 
-        times = measure({"ours": ours, "linear": linears(model, 1), "transformers": theirs}, rounds=steps, warmup=3)
+        times = measure({"ours": ours, "linear": linears(model, 1), "transformers": theirs}, rounds=steps)
         for key, v in times.items():
             report.add(f"decode {name}: {key}, ms", spread(v), median=median(v))
         r, speed = ratio(times["ours"], times["linear"]), 1 / median(times["ours"])
@@ -146,7 +144,7 @@ PARTS = {"prefill": prefill, "train": train, "decode": decode}
 
 def main():
     quiet()
-    parts = sys.argv[1:] or list(PARTS)
+    parts = arguments() or list(PARTS)
     report = Report("cpu_model" if parts == list(PARTS) else f"cpu_model_{'_'.join(parts)}")
     for part in parts:
         PARTS[part](report)

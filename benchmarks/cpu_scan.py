@@ -1,6 +1,6 @@
 """Selective scan on the CPU: b=1 t=2048 d=1536 n=16 (one layer of mamba-130m), float32, against its peers.
 
-    python benchmarks/cpu_scan.py
+    python benchmarks/cpu_scan.py [--save]
 
 Peers: the loop in torch that transformers runs without CUDA kernels, our own reference loop (which never builds a
 (b,t,d,n) tensor and is therefore faster), and mambapy's parallel scan (pip install mambapy).
@@ -76,7 +76,7 @@ def main():
             error = ((peer(*args) - want).norm() / want.norm()).item()
             assert error < 1e-5, f"{peer.__name__} disagrees: {error}"
 
-    fwd = measure({f.__name__: forward(f, args) for f in (ours, transformers_loop, reference_loop, mambapy)}, rounds=7)
+    fwd = measure({f.__name__: forward(f, args) for f in (ours, transformers_loop, reference_loop, mambapy)}, rounds=9)
     for name, times in fwd.items():
         report.add(f"forward {name}, ms", spread(times), median=median(times), over_floor=median(times) / floor)
     bwd = measure({f.__name__: both(f, args, dy) for f in (ours, mambapy)}, rounds=5)

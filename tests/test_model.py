@@ -499,3 +499,24 @@ def test_labels():
     log_p = out.logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
     kept = torch.cat([log_p[0, :2], log_p[1]])
     torch.testing.assert_close(out.loss, -kept.mean())
+
+
+@pytest.mark.parametrize("source", ["ids", "embeddings"])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_a_long_text_is_read_in_pieces(source, last_only, monkeypatch):
+    """Without gradients, more than PIECE tokens are read piece by piece, to the same end."""
+    model = make_model()
+    ids = torch.randint(0, model.config.vocab_size, (2, 50))
+    given = {"ids": ids} if source == "ids" else {"embeddings": model.backbone.embedding(ids).detach()}
+    whole = model(**given, last_only=last_only)
+    sizes = []
+    model.backbone.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[:2])))
+    monkeypatch.setattr("anymamba.model.PIECE", 32)
+    with torch.no_grad():
+        pieces = model(**given, last_only=last_only)
+    assert sizes == [(2, 16), (2, 16), (2, 16), (2, 2)]
+    for got, want in ((pieces.logits, whole.logits), (pieces.hidden, whole.hidden)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for got, want in zip(pieces.state.layers, whole.state.layers, strict=True):
+        torch.testing.assert_close(got.ssm, want.ssm, rtol=1e-5, atol=1e-5)
+    assert pieces.state.seen.tolist() == [50, 50]

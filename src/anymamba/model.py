@@ -20,6 +20,9 @@ from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
 
+PIECE = 8192  # tokens that are read at once when no gradient is needed
+
+
 class MambaOutput(NamedTuple):
     """What a forward pass gives. `loss` is None without labels, `logits` None for a model without a head."""
 
@@ -71,12 +74,14 @@ class MambaLM(nn.Module):
 
         Raises AnymambaError for ids outside the vocabulary, shapes that do not fit, or a state of another shape.
         """
-        x = self._embed(ids, embeddings)
-        b, t = x.shape[:2]
+        b, t = self._check_input(ids, embeddings)
         if lengths is not None and cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
-        index = None
+        plain = lengths is None and cu_seqlens is None and labels is None
+        if plain and b * t > PIECE and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._in_pieces(ids, embeddings, state, last_only, max(1, PIECE // b))
+        x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
         x, state = self._blocks(x, state, cu_seqlens)
@@ -92,19 +97,17 @@ class MambaLM(nn.Module):
             loss = F.cross_entropy(full.flatten(0, 1).to(real), labels.flatten())
         return MambaOutput(logits, state, loss, x)
 
-    def _embed(self, ids, embeddings):
-        if (ids is None) == (embeddings is None):
-            raise AnymambaError("give ids (b,t) or embeddings (b,t,m), one of the two")
-        if ids is None:
-            if embeddings.dim() != 3 or embeddings.shape[2] != self.config.d_model:
-                raise AnymambaError(
-                    f"embeddings are {tuple(embeddings.shape)}, but must be (b,t,{self.config.d_model})"
-                )
-            x = embeddings
-        else:
-            self._check_ids(ids)
-            x = self.backbone.embedding(ids)
-        return x
+    def _in_pieces(self, ids, embeddings, state, last_only, length):
+        """Read a long text piece by piece: activations stay in the cache, and memory does not grow with them."""
+        name, source = ("ids", ids) if embeddings is None else ("embeddings", embeddings)
+        logits, hidden = [], []
+        for piece in source.split(length, dim=1):
+            out = self(**{name: piece}, state=state, last_only=last_only)
+            state = out.state
+            logits = [out.logits] if last_only else [*logits, out.logits]
+            hidden.append(out.hidden)
+        logits = None if logits[0] is None else torch.cat(logits, 1)
+        return MambaOutput(logits, state, None, torch.cat(hidden, 1))
 
     def _blocks(self, x, state, cu_seqlens):
         layers, residual = [], None
@@ -135,6 +138,17 @@ class MambaLM(nn.Module):
         return rows[:, None] if index is not None else rows[None]
 
     # ---- checks ----
+
+    def _check_input(self, ids, embeddings):
+        """Batch and length of what was given."""
+        if (ids is None) == (embeddings is None):
+            raise AnymambaError("give ids (b,t) or embeddings (b,t,m), one of the two")
+        if embeddings is None:
+            self._check_ids(ids)
+            return ids.shape
+        if embeddings.dim() != 3 or embeddings.shape[2] != self.config.d_model:
+            raise AnymambaError(f"embeddings are {tuple(embeddings.shape)}, but must be (b,t,{self.config.d_model})")
+        return embeddings.shape[:2]
 
     def _check_ids(self, ids):
         if self.config.vocab_size is None:
