@@ -19,7 +19,6 @@ from anymamba.layers import Block, MambaMixer, RMSNorm
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
-
 PIECE = 8192  # tokens that are read at once when no gradient is needed
 
 

@@ -2,7 +2,7 @@
 
 | op | reference | numba (CPU) |
 |---|---|---|
-| `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py |
+| `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py |
 
@@ -41,7 +41,7 @@ def _try_numba() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
     try:
-        from anymamba.kernels import numba_conv, numba_norm, numba_scan  # noqa: F401
+        from anymamba.kernels import numba_conv, numba_norm, numba_scan, numba_step  # noqa: F401
     except Exception as error:  # a broken install must not look like a missing one: say what happened
         return f"numba is installed but does not work: {type(error).__name__}: {error}"
     return None

@@ -4,6 +4,8 @@ Being operators is what lets `torch.compile(fullgraph=True)`, `torch.export` and
 Arguments come checked from `ops`: activations x, dt, z of one dtype, the rest float32.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
@@ -48,9 +50,15 @@ def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Offsets (s+1,) int64 of the sequences in the rows of x (b,t,d) laid end to end."""
     b, t, _ = x.shape
     if cu_seqlens is None:
-        return torch.arange(b + 1) * t
+        return _even_bounds(b, t)
     check_bounds(cu_seqlens, t)
     return cu_seqlens.to("cpu", torch.int64).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _even_bounds(b: int, t: int) -> Tensor:
+    with torch.inference_mode(False):  # kept, and used in any mode; nothing writes to it
+        return torch.arange(b + 1) * t
 
 
 def check_bounds(cu_seqlens: Tensor, t: int) -> None:
@@ -96,10 +104,13 @@ def _dense(*tensors):
 
 @impl("anymamba::selective_scan", "cpu")
 def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save):
-    from anymamba.kernels import numba_scan
+    from anymamba.kernels import numba_scan, numba_step
 
     flat_x, dt, B, C, z = _flatten_scan(x, dt, B, C, z)
     A, D, dt_bias, initial_state = _dense(A, D, dt_bias, initial_state)
+    if x.shape[1] == 1 and cu_seqlens is None and not save and B.dim() == C.dim() == 3:
+        y, final_state = numba_step.selective_step(flat_x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state)
+        return y.view(x.shape), final_state, final_state.new_empty(0)
     y, final_state, saved = numba_scan.selective_scan(
         flat_x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bounds_of(x, cu_seqlens), save
     )
