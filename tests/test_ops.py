@@ -224,7 +224,21 @@ def test_step_is_the_scan_of_one(dtype, launches):
     got = selective_step_(state, **squeezed)
     assert torch.equal(got, want.squeeze(1))
     assert torch.equal(state, want_state)
-    assert launches == ["scan_forward"] * 2
+    assert launches == ["scan_step"] * 2
+
+
+@pytest.mark.parametrize("without", [(), ("D",), ("z",), ("dt_bias",), ("initial_state",), OPTIONAL])
+@pytest.mark.parametrize(("n", "groups"), [(1, None), (16, 3), (20, None), (33, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_step_kernel(dtype, n, groups, without, launches):
+    """One token without gradients has a kernel of its own; it is held to the reference as the scan is."""
+    arguments = scan_arguments(3, 1, 18, n, dtype=dtype, groups=groups, without=without)
+    got = selective_scan(**arguments)
+    assert launches == ["scan_step"]
+    plain = selective_scan(**arguments, backend="reference")
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    for g, w, e in zip(got, plain, selective_scan(**exact), strict=True):
+        assert_law(g, w, e)
 
 
 # ---- gradients by finite differences ---------------------------------------------------------------------------
