@@ -756,3 +756,18 @@ def test_the_path_without_avx512():
     """What processors without AVX-512 run: the polynomial exponential. Where there is none, the other tests did."""
     done = run_python(WITHOUT_AVX512, ANYMAMBA_NO_AVX512="1")
     assert done.returncode == 0, done.stderr
+
+
+def test_without_openmp_a_thread_pool_runs_the_same(monkeypatch):
+    """macOS and Windows have no libgomp: the same work items, on threads of ours."""
+    from anymamba.kernels import numba_launch
+
+    arguments = scan_arguments(3, 500, 130, 16)
+    want = selective_scan(**arguments)
+    used = []
+    pool = numba_launch._pool
+    monkeypatch.setattr(numba_launch, "_openmp", lambda: None)
+    monkeypatch.setattr(numba_launch, "_pool", lambda count: used.append(count) or pool(count))
+    got = selective_scan(**arguments)
+    assert used == [1]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
