@@ -520,3 +520,9 @@ def test_a_long_text_is_read_in_pieces(source, last_only, monkeypatch):
     for got, want in zip(pieces.state.layers, whole.state.layers, strict=True):
         torch.testing.assert_close(got.ssm, want.ssm, rtol=1e-5, atol=1e-5)
     assert pieces.state.seen.tolist() == [50, 50]
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(5, 2, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int32)])
+def test_labels_that_do_not_fit(labels):
+    with pytest.raises(AnymambaError, match=r"labels are .* but must be \(batch, seqlen\) = \(2, 5\) torch.int64"):
+        make_model()(torch.zeros(2, 5, dtype=torch.int64), labels=labels)

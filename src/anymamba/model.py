@@ -77,6 +77,8 @@ class MambaLM(nn.Module):
         if lengths is not None and cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
+        if labels is not None:
+            self._check_labels(labels, b, t)
         plain = lengths is None and cu_seqlens is None and labels is None
         if plain and b * t > PIECE and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._in_pieces(ids, embeddings, state, last_only, max(1, PIECE // b))
@@ -148,6 +150,15 @@ class MambaLM(nn.Module):
         if embeddings.dim() != 3 or embeddings.shape[2] != self.config.d_model:
             raise AnymambaError(f"embeddings are {tuple(embeddings.shape)}, but must be (b,t,{self.config.d_model})")
         return embeddings.shape[:2]
+
+    def _check_labels(self, labels, b, t):
+        if self.config.vocab_size is None:
+            raise AnymambaError("labels need a vocabulary to predict, and this model has none")
+        if labels.shape != (b, t) or labels.dtype != torch.int64:
+            raise AnymambaError(
+                f"labels are {tuple(labels.shape)} {labels.dtype}, but must be (batch, seqlen) = {(b, t)} torch.int64: "
+                "for each position the token that follows, -100 where it does not count"
+            )
 
     def _check_ids(self, ids):
         if self.config.vocab_size is None:

@@ -13,7 +13,12 @@ def pack(x: Tensor, lengths: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]
     """
     b, t, m = x.shape
     lengths = torch.as_tensor(lengths, device=x.device)
-    if lengths.shape != (b,) or lengths.is_floating_point() or bool(((lengths < 0) | (lengths > t)).any()):
+    if (
+        lengths.shape != (b,)
+        or lengths.is_floating_point()
+        or lengths.dtype == torch.bool
+        or bool(((lengths < 0) | (lengths > t)).any())
+    ):
         raise AnymambaError(f"lengths are {lengths.tolist()}, but must be {b} integers from 0 to {t}, one a row")
     if side not in ("right", "left"):
         raise AnymambaError(f'padding_side={side!r}, but it must be "right" or "left"')

@@ -26,7 +26,7 @@ class LayerState(NamedTuple):
     ssm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value: compare them yourself
 class MambaState:
     """State of a model for b sequences. Immutable: every method returns a new one, so a state can be shared freely."""
 
@@ -68,7 +68,10 @@ class MambaState:
 
         Raises AnymambaError for an index that does not exist.
         """
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.seen.device)
+        index = torch.as_tensor(rows, device=self.seen.device)
+        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+            raise AnymambaError(f"state.select: rows are {index.dtype}, but must be integers, the indices of rows")
+        index = index.to(torch.int64)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise AnymambaError(
                 f"state.select: rows {index.tolist()}, but the state has rows 0 … {self.batch_size - 1}"

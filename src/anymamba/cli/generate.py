@@ -55,6 +55,8 @@ class Options:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="anymamba generate", args=argv, description=DESCRIPTION)
     options.sampling()  # refuse bad numbers before anything is loaded
+    if options.n < 1:
+        raise AnymambaError(f"--n {options.n}, but it must be at least 1: the number of continuations")
     if options.interactive and (options.n != 1 or options.prompt is not None):
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"

@@ -57,7 +57,11 @@ def evaluate(
 
     Raises AnymambaError for sizes below 1, fewer than 2 tokens, and ids outside the vocabulary.
     """
-    for name, value in {"context": context, "batch_size": batch_size, "max_tokens": max_tokens or 1}.items():
+    for name, value in {
+        "context": context,
+        "batch_size": batch_size,
+        "max_tokens": 1 if max_tokens is None else max_tokens,
+    }.items():
         if value < 1:
             raise AnymambaError(f"evaluate: {name}={value}, but it must be at least 1")
     if len(tokens) < 2:

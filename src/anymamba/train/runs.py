@@ -17,8 +17,8 @@ def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[Mamb
     Raises AnymambaError if either is missing or damaged, or if they do not belong together.
     """
     model, tokens = checkpoint.load(run), load_tokenizer(tokenizer or run)
-    known = model.config.vocab_size or 0
-    if tokens.vocab_size > known:
+    known, multiple = model.config.vocab_size or 0, model.config.pad_vocab_size_multiple
+    if -(-tokens.vocab_size // multiple) * multiple != model.config.padded_vocab_size:
         raise AnymambaError(
             f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows {known}: "
             "give the model's own with --tokenizer"
