@@ -90,6 +90,12 @@ class Report:
         print(f"{key:<46} {text}", flush=True)
         self.rows[key] = values
 
+    def roofline(self) -> tuple[float, float]:
+        """Print and keep what the machine can do: exponentials and bytes copied a second."""
+        rate, bandwidth = exponential_rate(), copy_bandwidth()
+        self.add("machine", f"{rate / 1e9:.2f} G exp/s, copy {bandwidth / 1e9:.1f} GB/s", exp=rate, copy=bandwidth)
+        return rate, bandwidth
+
     def compare(self, key: str, times: dict, ours: str, peer: str, target: str) -> None:
         """One line: how often faster than the peer `ours` is."""
         r = ratio(times[peer], times[ours])

@@ -41,6 +41,7 @@ def main():
         return one(int(arguments()[0]))
     quiet()
     report = Report("cpu_length")
+    report.roofline()
     results = {}
     for t in LENGTHS:
         out = subprocess.run([sys.executable, __file__, str(t)], capture_output=True, text=True, check=True).stdout

@@ -146,6 +146,7 @@ def main():
     quiet()
     parts = arguments() or list(PARTS)
     report = Report("cpu_model" if parts == list(PARTS) else f"cpu_model_{'_'.join(parts)}")
+    report.roofline()
     for part in parts:
         PARTS[part](report)
     report.close()

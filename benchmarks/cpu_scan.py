@@ -11,7 +11,7 @@ import torch
 
 from anymamba import reference
 from anymamba.ops import selective_scan
-from common import Report, copy_bandwidth, exponential_rate, measure, median, quiet, spread
+from common import Report, measure, median, quiet, spread
 
 b, t, d, n = 1, 2048, 1536, 16
 
@@ -62,9 +62,8 @@ def both(f, args, dy):
 def main():
     quiet()
     report = Report("cpu_scan")
-    rate, bandwidth = exponential_rate(), copy_bandwidth()
+    rate, bandwidth = report.roofline()
     elements, moved = b * t * d * n, 4 * b * t * d * 4
-    report.add("machine", f"{rate / 1e9:.2f} G exp/s, copy {bandwidth / 1e9:.1f} GB/s", exp=rate, copy=bandwidth)
     floor = max(elements / rate, moved / bandwidth)
     report.add("floor, forward", f"{floor * 1e3:9.2f} ms: {elements / 1e6:.0f} M exponentials, {moved / 1e6:.0f} MB",
                floor=floor)  # fmt: skip

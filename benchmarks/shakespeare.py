@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anymamba.errors import AnymambaError
 from anymamba.train import TrainConfig, train
-from common import Report, arguments, copy_bandwidth, exponential_rate, quiet
+from common import Report, arguments, quiet
 
 
 def main():
@@ -21,7 +21,7 @@ def main():
     if len(arguments()) != 1:
         raise AnymambaError("give the path of tinyshakespeare's input.txt")
     report = Report("shakespeare")
-    report.add("machine", f"{exponential_rate() / 1e9:.2f} G exp/s, copy {copy_bandwidth() / 1e9:.1f} GB/s")
+    report.roofline()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         result = train(TrainConfig(data=tuple(arguments()), minutes=3, out=str(Path(folder) / "run")))
