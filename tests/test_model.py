@@ -294,7 +294,7 @@ def test_16_bit_conversion_keeps_what_sets_the_memory(dtype):
             assert (p.dtype != dtype) == kept, name
         out = model(tokens(), labels=tokens())
         out.loss.backward()
-        assert out.logits.isfinite().all()
+        assert out.hidden.isfinite().all()
         assert {layer.ssm.dtype for layer in out.state.layers} == {torch.float32}
     assert make_model().to(dtype).backbone.layers[0].mixer.A_log.dtype == torch.float32
 
@@ -431,7 +431,8 @@ def test_compile_fullgraph():
     want_gradients = torch.autograd.grad(want.loss, list(model.parameters()))
     torch.compiler.reset()
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.hidden, want.hidden, rtol=1e-5, atol=1e-5)
     for i, j in zip(torch.autograd.grad(got.loss, list(model.parameters())), want_gradients, strict=True):
         torch.testing.assert_close(i, j, rtol=1e-4, atol=1e-6)
 
@@ -496,9 +497,13 @@ def test_labels():
     labels = ids.clone()
     labels[0, 2:] = -100
     out = model(ids, labels=labels)
-    log_p = out.logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    assert out.logits is None
+    log_p = model(ids).logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
     kept = torch.cat([log_p[0, :2], log_p[1]])
     torch.testing.assert_close(out.loss, -kept.mean())
+    last = model(ids, labels=labels, last_only=True)
+    assert torch.equal(last.loss, out.loss)
+    torch.testing.assert_close(last.logits, model.lm_head(out.hidden)[:, -1:])
 
 
 @pytest.mark.parametrize("source", ["ids", "embeddings"])

@@ -159,6 +159,76 @@ def test_recompute_changes_nothing(text, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_dropout(text, tmp_path):
+    """Random in training, absent from measurements and samples."""
+    losses = {}
+    for dropout in (0.0, 0.3):
+        done = train(
+            config(text, tmp_path, steps=2, lr=1e-9, min_lr=0.0, dropout=dropout, out=str(tmp_path / f"run{dropout}"))
+        )
+        losses[dropout] = [r["loss"] for r in timeless(done.run) if "loss" in r], done.evaluation.nats
+    assert losses[0.0][0] != losses[0.3][0]
+    assert losses[0.0][1] == pytest.approx(losses[0.3][1], rel=1e-6)
+    model, ids = done.model, torch.randint(256, (1, 50))
+    assert model.training
+    with torch.no_grad():
+        assert not torch.equal(model(ids).hidden, model(ids).hidden)
+        model.eval()
+        assert torch.equal(model(ids).hidden, model(ids).hidden)
+
+
+TWO_PROCESSES = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from anymamba import MambaConfig, MambaLM
+
+def read(model, ids, state):
+    out = model(ids[:, :-1], state=state, labels=ids[:, 1:])
+    out.loss.backward()
+    return out.state.detach()
+
+def work(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 4, 14))
+    for tied in (True, False):
+        alone = MambaLM(MambaConfig(vocab_size=50, d_model=16, n_layer=2, tie_embeddings=tied))
+        shared = MambaLM(alone.config)
+        shared.load_state_dict(alone.state_dict())
+        shared.recompute = tied
+        wrapped = DistributedDataParallel(shared)
+        states = [None, None]
+        for batch in ids:  # gradients add up, and the state is carried
+            mine = batch[2 * rank : 2 * rank + 2]
+            states = [read(alone, batch, states[0]), read(wrapped, mine, states[1])]
+        for p, q in zip(alone.parameters(), shared.parameters()):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+children = []
+for rank in range(2):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(rank, sys.argv[1])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(pid)
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in children))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forks")
+def test_data_parallel_is_a_larger_batch(tmp_path):
+    """Two processes with half of the rows each have the gradients of one with all, also through a carried state."""
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "store")]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_accumulation_is_a_larger_batch(text, tmp_path):
     train(config(text, tmp_path, steps=5, batch_size=8))
     train(config(text, tmp_path, steps=5, batch_size=4, accumulate=2, out=str(tmp_path / "other")))
@@ -256,8 +326,9 @@ def test_evaluation_refuses(model, tokens, options, words):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"carry": True, "accumulate": 2}, {"carry": True}],
-                         ids=["plain", "accumulate", "carry+accumulate", "carry"])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"carry": True, "accumulate": 2}, {"carry": True},
+                                     {"dropout": 0.2, "recompute": True}],
+                         ids=["plain", "accumulate", "carry+accumulate", "carry", "dropout"])  # fmt: skip
 def test_resumed_is_never_stopped(text, tmp_path, options):
     options |= {"steps": 12, "eval_every": 4}
     whole = train(config(text, tmp_path, out=str(tmp_path / "whole"), **options))
@@ -456,6 +527,53 @@ def test_nan_names_the_parameter(text, tmp_path, monkeypatch):
     assert resume(tmp_path / "run").step == 5
 
 
+def test_nan_that_is_found_late_has_changed_nothing(text, tmp_path, monkeypatch):
+    """As on a GPU, whose next step is under way before the loss of the last one is known."""
+    real, trainers = Trainer._loss, []
+
+    def loss(self, index, *rest):
+        self.ahead = 2
+        trainers.append(self)
+        value, state = real(self, index, *rest)
+        return value * (math.nan if index == 2 else 1), state
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    with pytest.raises(AnymambaError, match=r"step 3: the loss is nan(.|\n)*no checkpoint yet"):
+        train(config(text, tmp_path, steps=9, eval_every=100, sample_every=100))
+    assert (trainers[0].step, [r["step"] for r in log.read(tmp_path / "run")]) == (5, [1, 2])
+    monkeypatch.setattr(Trainer, "_loss", real)
+    stopped = train(config(text, tmp_path, steps=9, out=str(tmp_path / "other")), StopAfter(2))
+    for late, good in zip(trainers[0].model.parameters(), stopped.model.parameters(), strict=True):
+        assert torch.equal(late, good)
+
+
+def test_losses_are_looked_at_a_step_later(text, tmp_path, monkeypatch):
+    """The log is the same, in the same order."""
+    options = {"steps": 6, "eval_every": 2, "sample_every": 3, "save_every": 4, "carry": True}
+    train(config(text, tmp_path, **options))
+    real = Trainer._begin
+    monkeypatch.setattr(Trainer, "_begin", lambda self: (real(self), setattr(self, "ahead", 1)))
+    train(config(text, tmp_path, out=str(tmp_path / "later"), **options))
+    assert_same_run(tmp_path / "run", tmp_path / "later", 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"carry": True, "accumulate": 2}, {"packed": True}], ids=str)
+def test_a_step_on_a_gpu_does_not_wait(text, tmp_path, options):
+    path = tmp_path / "run"
+    path.mkdir()
+    run = config(text, tmp_path, steps=9, device="cuda", **options | {"precision": "bf16"})
+    trainer = Trainer(path, run, load_tokenizer("bytes"), Silent())
+    trainer._begin()
+    trainer._train_step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        trainer._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.log.close()
+
+
 def test_inf_names_the_layer(text, tmp_path, monkeypatch):
     # finite weights whose product is not
     poison_at(monkeypatch, 2, lambda model: model.backbone.layers[1].mixer.out_proj.weight.fill_(3e38))
@@ -552,6 +670,7 @@ def test_file_size_limit_of_a_real_process(text, tmp_path):
         ({"holdout": 1.0}, "holdout=1.0"),
         ({"warmup": 1}, "warmup=1"),
         ({"seed": -1}, "seed=-1"),
+        ({"dropout": 1.0}, "dropout=1.0, but it must be a share from 0 to below 1"),
         ({"carry": True, "packed": True}, "with --packed give --no-carry"),
         ({"preset": "huge"}, "unknown preset 'huge': known presets are tiny"),
         ({"d_model": 0}, "d_model=0"),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.layers import Block, MambaMixer, RMSNorm
+from anymamba.layers import Block, MambaMixer, RMSNorm, is_bare, linear_cross_entropy
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
@@ -23,11 +23,12 @@ PIECE = 8192  # tokens that are read at once when no gradient is needed
 
 
 class MambaOutput(NamedTuple):
-    """What a forward pass gives. `loss` is None without labels, `logits` None for a model without a head."""
+    """What a forward pass gives. With labels the loss is computed without ever holding the logits of all tokens, so
+    `logits` is None, unless last_only asks for a few; `model.lm_head(out.hidden)` gives them all."""
 
-    logits: Tensor | None  # (b,t,v), or (b,1,v) with last_only
+    logits: Tensor | None  # (b,t,v), or (b,1,v) with last_only; None with labels, and without a head
     state: MambaState  # after each row's last token
-    loss: Tensor | None  # mean cross-entropy in nats a token
+    loss: Tensor | None  # mean cross-entropy in nats a token; None without labels
     hidden: Tensor  # (b,t,m) after the final norm
 
 
@@ -50,6 +51,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # recompute each block in backward: memory of one block instead of all
+        self.dropout = 0.0  # share of what each block adds that is left out, in training mode
         self.backbone = Backbone(config, device=device, dtype=dtype)
         if config.vocab_size is not None:
             self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
@@ -67,11 +69,13 @@ class MambaLM(nn.Module):
             lengths: (b,) tokens of each row; the others are padding on `padding_side` ("right" or "left") and change
                 nothing: hidden states and logits there are 0.
             cu_seqlens: (s+1,) offsets of s sequences laid end to end in one row (b = 1).
-            labels: (b,t) for each position the token that should follow; -100 is not counted. Gives `loss`.
+            labels: (b,t) for each position the token that should follow; -100 is not counted. Gives `loss`, and no
+                logits, unless last_only asks for the last ones.
             last_only: logits of each row's last token only, (b,1,v) (with cu_seqlens of each sequence's, (1,s,v));
                 NaN for a row that has none.
 
-        Raises AnymambaError for ids outside the vocabulary, shapes that do not fit, or a state of another shape.
+        Raises AnymambaError for ids or labels outside the vocabulary, shapes that do not fit, or a state of another
+        shape.
         """
         b, t = self._check_input(ids, embeddings)
         if lengths is not None and cu_seqlens is not None:
@@ -90,12 +94,8 @@ class MambaLM(nn.Module):
         last = self._last(x, cu_seqlens, index) if last_only else None
         if index is not None:
             x = unpack(x, index, b, t)
-        logits = self._head(x if last is None else last)
-        loss = None
-        if labels is not None:
-            full = logits if last is None else self._head(x)
-            real = torch.promote_types(full.dtype, torch.float32)
-            loss = F.cross_entropy(full.flatten(0, 1).to(real), labels.flatten())
+        loss = None if labels is None else self._loss(x, labels)
+        logits = self._head(x if last is None else last) if last_only or labels is None else None
         return MambaOutput(logits, state, loss, x)
 
     def _in_pieces(self, ids, embeddings, state, last_only, length):
@@ -111,13 +111,14 @@ class MambaLM(nn.Module):
         return MambaOutput(logits, state, None, torch.cat(hidden, 1))
 
     def _blocks(self, x, state, cu_seqlens):
-        layers, residual = [], None
+        x, layers, residual = self._drop(x), [], None
         for i, block in enumerate(self.backbone.layers):
             before = None if state is None else state.layers[i]
             if self.recompute and torch.is_grad_enabled():
                 x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, use_reentrant=False)
             else:
                 x, residual, after = block(x, residual, before, cu_seqlens)
+            x = self._drop(x)
             layers.append(after)
         x, _ = self.backbone.norm_f(x, residual)
         if cu_seqlens is None:
@@ -126,8 +127,19 @@ class MambaLM(nn.Module):
             read = cu_seqlens.diff().to(x.device, torch.int64)
         return x, MambaState(tuple(layers), read if state is None else state.seen + read)
 
+    def _drop(self, x):
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
     def _head(self, x):
         return self.lm_head(x) if self.config.vocab_size is not None else None
+
+    def _loss(self, x, labels):
+        head = self.lm_head
+        if is_bare(head):
+            return linear_cross_entropy(x, head.weight, labels)
+        logits = head(x)  # an adapter, a hook or a quantised weight must have its say
+        real = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.flatten(0, 1).to(real), labels.flatten())
 
     def _last(self, x, cu_seqlens, index):
         """Hidden state of each row's last token (b,1,m), or (1,s,m) for packed sequences."""

@@ -1,81 +1,26 @@
-"""The door to every kernel: checks arguments once, picks the backend and says why, registers with torch.
+"""The door to every kernel: checks arguments once, picks the backend, calls the operator.
 
-| op | reference | numba (CPU) |
-|---|---|---|
-| `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py |
-| `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py |
-| `add_rms_norm` | reference/norm.py | kernels/numba_norm.py |
+| op | reference | numba (CPU) | triton (any GPU) | cuda (NVIDIA) |
+|---|---|---|---|---|
+| `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py | triton_scan.py | cuda_scan.py |
+| `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
+| `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
 Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
-"""
-
-import functools
-import importlib.util
-import warnings
+"""  # noqa: E501
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymamba import reference
+from anymamba.backends import BACKENDS, choose, explain
 from anymamba.errors import AnymambaError
 from anymamba.registration import check_bounds
 
-BACKENDS = ("reference", "numba")
-
-
-# ---- which backend runs ----------------------------------------------------------------------------------------
-
-
-_numba_state: list[str | None] = []  # filled at first use; a plain list, which torch.compile can read
-
-
-def _numba_missing() -> str | None:
-    """Why the Numba kernels cannot run here, or None."""
-    if not _numba_state:
-        _numba_state.append(_try_numba())
-    return _numba_state[0]
-
-
-def _try_numba() -> str | None:
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed (pip install numba)"
-    try:
-        from anymamba.kernels import numba_conv, numba_norm, numba_scan, numba_step  # noqa: F401
-    except Exception as error:  # a broken install must not look like a missing one: say what happened
-        return f"numba is installed but does not work: {type(error).__name__}: {error}"
-    return None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """(backend, reason): what runs the ops for tensors of this device and dtype when `backend` is None."""
-    device = torch.device(device)
-    if device.type != "cpu":
-        return "reference", f"there is no kernel for {device.type} yet; the plain torch loop is right but slow"
-    if dtype == torch.float64:
-        return "reference", "float64 is computed by the reference; kernels compute in float32"
-    if (missing := _numba_missing()) is not None:
-        return "reference", missing
-    return "numba", "CPU kernels compiled by Numba"
-
-
-def _choose(backend: str | None, x: Tensor) -> str:
-    if backend is None:
-        name, reason = explain(x.device, x.dtype)
-        if name == "reference" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
-            _warn_once(f"anymamba runs its slow reference on {x.device.type}: {reason}. See `anymamba doctor`.")
-        return name
-    if backend not in BACKENDS:
-        raise AnymambaError(f"backend={backend!r} does not exist: choose one of {', '.join(BACKENDS)}, or None")
-    if backend == "numba" and (x.device.type != "cpu" or x.dtype == torch.float64 or _numba_missing()):
-        why = _numba_missing() or f"it takes CPU tensors up to 32 bits, and x is {x.dtype} on {x.device}"
-        raise AnymambaError(f"backend='numba' cannot run here: {why}. Use backend=None")
-    return backend
+__all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "selective_scan",
+           "selective_step_"]  # fmt: skip
 
 
 # ---- public functions ------------------------------------------------------------------------------------------
@@ -97,26 +42,24 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         D: (d,) skip, z: (b,t,d) gate, dt_bias: (d,).
         initial_state: (s,d,n) float32; zeros if None.
         cu_seqlens: (s+1,) integers 0 … t: the one row (b = 1) holds s sequences end to end; s = b without it.
-        backend: None chooses (`explain` says what and why); "reference", "numba" force.
+        backend: None chooses (`explain` says what and why); "reference", "numba", "triton", "cuda" force.
 
     Returns y (b,t,d) in x's dtype and final_state (s,d,n) in float32 (float64 for float64 inputs).
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    if _choose(backend, x) == "reference":
-        if cu_seqlens is not None:
-            check_bounds(cu_seqlens, x.shape[1])
+    backend = choose(backend, x, "selective_scan", A.shape[1])
+    cu_seqlens = _bounds(cu_seqlens, x, backend)
+    if backend == "reference":
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
                                         initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
-    common = functools.reduce(torch.promote_types, [v.dtype for v in (dt, z) if v is not None], x.dtype)
-    common = torch.float32 if common == torch.float64 else common
-    real = torch.float32
-    tensors = [x.to(common), dt.to(common), A.to(real), B.to(real), C.to(real), _to(D, real), _to(z, common),
-               _to(dt_bias, real), _to(initial_state, real)]  # fmt: skip
+    common, own = _common_dtype(x, dt, z), _float32 if backend == "numba" else _up_to_float32
+    tensors = (_to(x, common), _to(dt, common), _float32(A), own(B), own(C), own(D), _to(z, common), own(dt_bias),
+               _float32(initial_state))  # fmt: skip
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     *inputs, h0 = tensors
-    y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save)
-    return y.to(x.dtype), final_state
+    y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save, backend)
+    return _to(y, x.dtype), final_state
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
@@ -132,15 +75,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, acti
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
-    if _choose(backend, x) == "reference":
-        if cu_seqlens is not None:
-            check_bounds(cu_seqlens, x.shape[1])
+    backend = choose(backend, x, "causal_conv1d")
+    cu_seqlens = _bounds(cu_seqlens, x, backend)
+    if backend == "reference":
         return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state,
                                        cu_seqlens=cu_seqlens)  # fmt: skip
-    real, silu = torch.float32, activation == "silu"
-    weight, bias, h0 = weight.to(real), _to(bias, real), _to(initial_state, real)
-    y, final_state = torch.ops.anymamba.causal_conv1d(x, weight, bias, silu, h0, cu_seqlens)
-    return y, final_state.to(x.dtype)
+    own = _float32 if backend == "numba" else _up_to_float32
+    return torch.ops.anymamba.causal_conv1d(x, own(weight), own(bias), activation == "silu", own(initial_state),
+                                            cu_seqlens, backend)  # fmt: skip
 
 
 def selective_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -184,18 +126,74 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: flo
         _fail("add_rms_norm", "residual", residual, f"it must have the shape of x, {tuple(x.shape)}")
     if not x.is_floating_point() or (dtype is not None and not dtype.is_floating_point):
         _fail("add_rms_norm", "x", x, f"x and dtype={dtype} must be floating-point types")
-    if _choose(backend, x) == "reference" or dtype == torch.float64:
+    backend = choose(backend, x, "add_rms_norm")
+    if backend == "reference" or dtype == torch.float64:
         return reference.add_rms_norm(x, residual, weight, eps=eps, dtype=dtype)
-    real = torch.float32
-    out, total, _ = torch.ops.anymamba.add_rms_norm(x, _to(residual, real), weight.to(real), eps, dtype or x.dtype)
+    weight = _float32(weight) if backend == "numba" else _up_to_float32(weight)
+    out, total, _ = torch.ops.anymamba.add_rms_norm(x, _float32(residual), weight, eps, dtype or x.dtype, backend)
     return out, total
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------
+# ---- what the kernels take -------------------------------------------------------------------------------------
 
 
 def _to(v, dtype):
-    return None if v is None else v.to(dtype)
+    return v if v is None or v.dtype == dtype else v.to(dtype)
+
+
+def _float32(v):
+    return _to(v, torch.float32)
+
+
+def _up_to_float32(v):
+    """v as it is if a GPU kernel can read it."""
+    return v if v is None or v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v.float()
+
+
+def _common_dtype(x, dt, z):
+    common = x.dtype
+    if dt.dtype != common:
+        common = torch.promote_types(common, dt.dtype)
+    if z is not None and z.dtype != common:
+        common = torch.promote_types(common, z.dtype)
+    return torch.float32 if common == torch.float64 else common
+
+
+_known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, what the kernels take; None: itself)
+
+
+def _bounds(cu_seqlens, x, backend):
+    """cu_seqlens on the device of x, checked. To read values from a GPU is to wait for it: once for each tensor."""
+    if cu_seqlens is None or backend == "numba":  # whose operator checks
+        return cu_seqlens
+    t, device = x.shape[1], x.device
+    if backend == "reference":
+        check_bounds(cu_seqlens, t)
+        return cu_seqlens
+    if torch.compiler.is_compiling():
+        return _placed(cu_seqlens, device)
+    here = cu_seqlens.device == device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not here:
+            _fail("capture of a CUDA graph", "cu_seqlens", cu_seqlens, f"it must be on {device} like x: move it there")
+        return _placed(cu_seqlens, device)  # checked by the warm-up
+    counted = not cu_seqlens.is_inference()  # tensors made in inference_mode have no version
+    version = cu_seqlens._version if counted else 0
+    known = _known_bounds.get(cu_seqlens)
+    if known is None or known[:3] != (version, t, device) or not (counted or here):
+        check_bounds(cu_seqlens, t)
+        placed = _placed(cu_seqlens, device)
+        known = (version, t, device, None if placed is cu_seqlens else placed)
+        _known_bounds[cu_seqlens] = known
+    return cu_seqlens if known[3] is None else known[3]
+
+
+def _placed(cu_seqlens, device):
+    dtype = cu_seqlens.dtype if cu_seqlens.dtype in (torch.int32, torch.int64) else torch.int64
+    return cu_seqlens.to(device, dtype, non_blocking=True).contiguous()
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------
 
 
 def _fail(op, name, tensor, rule):
@@ -213,9 +211,10 @@ def _check_common(op, x, cu_seqlens, others):
             _fail(op, "x", x, "with cu_seqlens the sequences lie end to end in one row: batch must be 1")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
             _fail(op, "cu_seqlens", cu_seqlens, "it must be a vector of at least 2 integers: 0 and the sequences' ends")
+    device = x.device
     for name, v in others.items():
-        if v is not None and v.device != x.device and name != "cu_seqlens":
-            raise AnymambaError(f"{op}: {name} is on {v.device}, x on {x.device}; move them to one device")
+        if v is not None and v.device != device:
+            raise AnymambaError(f"{op}: {name} is on {v.device}, x on {device}; move them to one device")
 
 
 def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):

@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "loss, perplexity and bits per byte of a model on a file",
     "tokenizer": "train a BPE tokenizer on your text",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",
+    "warmup": "compile the kernels of a model ahead of time",
 }
 
 USAGE = """usage: anymamba COMMAND [options]

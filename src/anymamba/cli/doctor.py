@@ -1,5 +1,7 @@
 """`anymamba doctor`: what is installed, which backend each op uses here and why, and a self-test of every kernel."""
 
+import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from anymamba import __version__, ops
+from anymamba.errors import AnymambaError
+from anymamba.layers import linear_cross_entropy
 
 HELP = """usage: anymamba doctor
 
@@ -44,13 +48,32 @@ def main(argv: list[str]) -> int:
 
 def _machine(console):
     console.print(f"[bold]anymamba {__version__}[/]  Python {platform.python_version()}  torch {torch.__version__}")
-    for name in ("numba", "llvmlite", "numpy", "triton"):
-        if importlib.util.find_spec(name):
+    for name in ("numba", "llvmlite", "numpy", "triton", "cuda-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             console.print(f"  {name:<12} {importlib.metadata.version(name)}")
     console.print(f"  {'processor':<12} {_processor()}, {torch.get_num_threads()} threads")
     console.print(f"  {'features':<12} {torch.backends.cpu.get_cpu_capability()}; {_features() or 'not known'}")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    console.print(f"  {'GPU':<12} {gpu}")
+    for line in _gpus() or ["none that torch can use"]:
+        console.print(f"  {'GPU':<12} {line}")
+
+
+def _gpus() -> list[str]:
+    lines = []
+    for device in devices()[1:]:
+        module = torch.get_device_module(device)
+        for i in range(module.device_count()):
+            p = module.get_device_properties(i)
+            capability = (
+                f", compute capability {p.major}.{p.minor}" if device == "cuda" and not torch.version.hip else ""
+            )
+            toolkit = torch.version.hip or torch.version.cuda if device == "cuda" else torch.version.xpu
+            lines.append(f"{device}:{i} {p.name}, {p.total_memory / 2**30:.0f} GiB{capability}, toolkit {toolkit}")
+    return lines
+
+
+def devices() -> list[str]:
+    """Device types that have kernels and are here: the CPU, then GPUs."""
+    return ["cpu"] + [name for name in ("cuda", "xpu") if torch.get_device_module(name).is_available()]
 
 
 def _processor():
@@ -74,31 +97,62 @@ def _features():
 
 def _backends(console):
     console.print("\n[bold]Which backend runs[/]")
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
+    for device in devices():
         for dtype in (*DTYPES, torch.float64):
-            backend, reason = ops.explain(device, dtype)
-            label = f"{device} {str(dtype).removeprefix('torch.')}"
-            console.print(f"  {label:<14} [cyan]{backend:<10}[/] {reason}")
-    console.print("  for selective_scan, causal_conv1d, add_rms_norm and the two *_step_ functions alike")
+            answers: dict[tuple[str, str], list[str]] = {}
+            for op in OPS:
+                answers.setdefault(ops.explain(device, dtype, op=op), []).append(op)
+            for (backend, reason), names in answers.items():
+                label = f"{device} {str(dtype).removeprefix('torch.')}"
+                which = "every op" if len(answers) == 1 else ", ".join(names)
+                console.print(f"  {label:<14} [cyan]{backend:<10}[/] {which}: {reason}")
+    console.print("  the two *_step_ functions run what the ops without _step_ do")
+
+
+def kernels(device: str, dtype: torch.dtype, op: str) -> list[str]:
+    """The backends with a kernel of `op` for a device type; a GPU's are listed although some cannot run here."""
+    if device == "cpu":
+        return [ops.explain(device, dtype, op=op)[0]]
+    return ["cuda", "triton"] if device == "cuda" and op == "selective_scan" else ["triton"]
 
 
 def _self_test(console) -> bool:
     console.print("\n[bold]Self-test against the float64 reference[/] (forward, and backward through every input)")
     failed = False
-    for dtype in DTYPES:
-        backend, _ = ops.explain("cpu", dtype)
-        for name, case in CASES.items():
-            start = time.perf_counter()
-            try:
-                error = _error(case, dtype, backend)
-                verdict = "[green]ok[/]" if error <= LIMIT[dtype] else "[red]WRONG[/]"
-            except Exception as problem:  # whatever a broken install does, the others are still tested
-                error, verdict = float("nan"), f"[red]{type(problem).__name__}: {problem}[/]"
-            failed |= "green" not in verdict
-            took = time.perf_counter() - start
-            console.print(f"  {name:<16} {str(dtype)[6:]:<9} {backend:<10} error {error:.0e}  {took:5.1f} s  {verdict}")
+    for device in devices():
+        for dtype in DTYPES:
+            for name in CASES if device == "cpu" else GPU_CASES:
+                op = name.split(",")[0]
+                for backend in kernels(device, dtype, op):
+                    said, good = _test(name, dtype, backend, device)
+                    failed |= not good
+                    label = f"{name:<22} {device:<5} {str(dtype)[6:]:<9} {backend:<10}"
+                    console.print(f"  {label} {said}", soft_wrap=True)
     return failed
+
+
+def _test(name, dtype, backend, device) -> tuple[str, bool]:
+    """What a kernel did, and whether that is well. A backend that cannot run here is well unless it is the default."""
+    from rich.markup import escape
+
+    chosen = ops.explain(device, dtype, op=name.split(",")[0])[0]
+    start = time.perf_counter()
+    try:
+        got = _results(name, dtype, backend, device)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        _results(name, dtype, backend, device)
+        again = time.perf_counter() - start
+        error = max(_relative(v, want) for v, want in zip(got, _exact(name, dtype), strict=True))
+    except AnymambaError as problem:
+        if backend != chosen and "cannot run here" in str(problem):
+            return f"[yellow]not tested: {escape(str(problem))}[/]", True
+        return f"[red]{escape(str(problem))}[/]", False
+    except Exception as problem:  # whatever a broken install does, the others are still tested
+        return f"[red]{type(problem).__name__}: {escape(str(problem))}[/]", False
+    good = error <= LIMIT[dtype]  # not so for NaN
+    verdict = "[green]ok[/]" if good else "[red]WRONG[/]"
+    return f"error {error:.0e}  first {first:5.1f} s, then {1e3 * again:6.1f} ms  {verdict}", good
 
 
 def _missing(console):
@@ -127,28 +181,44 @@ def _norm(v, backend):
     return ops.add_rms_norm(x, residual, weight, backend=backend)
 
 
+def _loss(v, backend):  # which chooses by itself
+    hidden, weight = v[0], v[1] / 8
+    return [linear_cross_entropy(hidden, weight, torch.arange(len(hidden), device=hidden.device) % len(weight))]
+
+
+def _scan_shapes(b, t, d, n):
+    return [(b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, t, d), (d,), (b, d, n)]
+
+
 B, T, D, N = 2, 67, 37, 16
-SCAN = [(B, T, D), (B, T, D), (D, N), (B, T, N), (B, T, N), (D,), (B, T, D), (D,), (B, D, N)]
 CASES = {  # function, shapes of its inputs, which of them are activations (the others stay float32)
-    "selective_scan": (_scan, SCAN, {0, 1, 6}),
+    "selective_scan": (_scan, _scan_shapes(B, T, D, N), {0, 1, 6}),
     "causal_conv1d": (_conv, [(B, T, D), (D, 4), (D,), (B, D, 3)], {0}),
     "add_rms_norm": (_norm, [(B, T, D), (B, T, D), (D,)], {0}),
 }
+GPU_CASES = CASES | {
+    "selective_scan, long": (_scan, _scan_shapes(1, 1501, D, N), {0, 1, 6}),  # time goes in chunks
+    "cross_entropy": (_loss, [(T, D), (50, D)], {0, 1}),
+}
+OPS = tuple(CASES)
 
 
-def _error(case, dtype, backend) -> float:
-    """Largest relative error of outputs and gradients against the reference in float64, on the same rounded inputs."""
-    function, shapes, activations = case
+def _results(name, dtype, backend, device, real=None) -> list[Tensor]:
+    """Outputs and gradients on the CPU; `real` to compute with, dtype if None, on inputs that dtype has rounded."""
+    function, shapes, activations = GPU_CASES[name]
     generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    low = [v.to(dtype if i in activations else torch.float32) for i, v in enumerate(exact)]
-    results = []
-    for inputs, run in ((low, backend), ([v.double() for v in low], "reference")):
-        inputs = [v.requires_grad_() for v in inputs]
-        outputs = function(inputs, run)
-        loss = sum((y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, inputs)])
-    return max(_relative(got, want) for got, want in zip(*results, strict=True))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    inputs = [v.to(dtype if i in activations else torch.float32) for i, v in enumerate(inputs)]
+    inputs = [v.to(device, real).requires_grad_() for v in inputs]
+    outputs = function(inputs, backend)
+    ends = [y.to("cpu", torch.float64) for y in outputs]
+    loss = sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in ends)
+    return [v.detach().cpu() for v in (*outputs, *torch.autograd.grad(loss, inputs))]
+
+
+@functools.cache
+def _exact(name, dtype) -> list[Tensor]:
+    return _results(name, dtype, "reference", "cpu", torch.float64)
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -1,7 +1,8 @@
-"""Building blocks: normalisation, the Mamba mixer, the residual block."""
+"""Building blocks: normalisation, the Mamba mixer, the residual block, the loss."""
 
 from anymamba.layers.block import Block
+from anymamba.layers.loss import is_bare, linear_cross_entropy
 from anymamba.layers.mamba import MambaMixer, StepProjection
 from anymamba.layers.norm import RMSNorm
 
-__all__ = ["Block", "MambaMixer", "RMSNorm", "StepProjection"]
+__all__ = ["Block", "MambaMixer", "RMSNorm", "StepProjection", "is_bare", "linear_cross_entropy"]

@@ -4,6 +4,12 @@ from torch import Tensor, nn
 from anymamba.ops import add_rms_norm
 
 
+def compute_dtype(device_type: str, default: torch.dtype) -> torch.dtype:
+    """The dtype that autocast asks for on such a device, or `default` outside of it."""
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else default
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), computed in float32.
 
@@ -17,9 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(m, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        dtype = compute_dtype(x.device.type, self.weight.dtype)
         return add_rms_norm(x, residual, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:

@@ -53,6 +53,7 @@ class TrainConfig:
     warmup: float = 0.1  # share of the run in which the learning rate rises
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.3  # of matrices; A_log, D, biases and norms have none
+    dropout: float = 0.0  # share of what each block adds that is left out in training; against learning by heart
     clip: float = 1.0  # largest norm of the gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is faster, tried out at the start
     device: str = "auto"  # auto: a GPU if there are kernels for it, else the CPU
@@ -79,6 +80,7 @@ class TrainConfig:
             _require(self, name, "a finite number of at least 0", lambda v: _number(v) and v >= 0)
         _require(self, "min_lr", f"at most lr={self.lr}", lambda v: v <= self.lr)
         _require(self, "warmup", "a share of the run, from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+        _require(self, "dropout", "a share from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
         _require(self, "holdout", "a share of the text, between 0 and 1", lambda v: _number(v) and 0 < v < 1)
         _require(self, "betas", "two numbers from 0 to below 1", _are_betas)
         _require(self, "precision", "auto, fp32 or bf16", lambda v: v in ("auto", "fp32", "bf16"))

@@ -5,15 +5,16 @@ Axes: b batch, t time, v vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from anymamba.data import heldout_batches
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
+from anymamba.train.hardware import to_device
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,27 @@ def evaluate(
     if len(tokens) < 2:
         raise AnymambaError(f"evaluate: a text of {len(tokens)} tokens, but a prediction needs at least 2; give more")
     chunks = _chunks(tokens, context, max_tokens) if carry else heldout_batches(tokens, batch_size, context, max_tokens)
-    total, count, state = 0.0, 0, None
-    for ids, labels in chunks:
-        out = model(ids.to(model.device), state=state)
-        state = out.state if carry else None
-        losses = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.to(model.device).flatten(), reduction="none")
-        total += losses.sum(dtype=torch.float64).item() if losses.device.type != "mps" else losses.sum().item()
-        count += labels.numel()
-        if on_progress is not None:
-            on_progress(count)
-    return Evaluation(total / count, count, bytes_per_token)
+    losses, count, state = [], 0, None
+    with eval_mode(model):
+        for ids, labels in chunks:
+            out = model(to_device(ids, model.device), state=state, labels=to_device(labels, model.device))
+            state = out.state if carry else None
+            losses.append(out.loss * labels.numel())  # on the device: to read each would be to wait for each
+            count += labels.numel()
+            if on_progress is not None:
+                on_progress(count)
+    return Evaluation(torch.stack(losses).cpu().double().sum().item() / count, count, bytes_per_token)
+
+
+@contextmanager
+def eval_mode(model: MambaLM) -> Iterator[None]:
+    """Without dropout."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def _chunks(tokens: np.ndarray, context: int, max_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,8 @@
 """Where and how finely a run computes: the device, and fp32 or bf16, whichever is faster for this model here."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -44,6 +45,19 @@ def choose_precision(wish: str, device: torch.device, forward_backward: Callable
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which matrices are multiplied in bfloat16, or not."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def random_numbers(seed: int, index: int, device: torch.device) -> Iterator[None]:
+    """Random numbers (of dropout) that are a function of (seed, index), like batches, so that runs can be resumed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((seed << 32) + index)
+        yield
+
+
+def to_device(v: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """v on the device; to a GPU from pinned memory, so that nobody waits."""
+    return v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else v.to(device)
 
 
 def _fastest(forward_backward, name: str, repeats: int = 3) -> float:

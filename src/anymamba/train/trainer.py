@@ -6,11 +6,11 @@ Axes: b batch, t time.
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from anymamba import checkpoint
 from anymamba.data import Batches, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
@@ -22,12 +22,13 @@ from anymamba.train import checkpointing
 from anymamba.train.config import TrainConfig
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Display, Silent
-from anymamba.train.evaluate import Evaluation, evaluate
-from anymamba.train.hardware import autocast, choose_device, choose_precision
+from anymamba.train.evaluate import Evaluation, eval_mode, evaluate
+from anymamba.train.hardware import autocast, choose_device, choose_precision, random_numbers, to_device
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
 from anymamba.train.runs import first_ids, text_digest, typical_start
 from anymamba.train.schedule import Every, learning_rate
+from anymamba.train.update import Step, Update
 
 CONFIG = "train.json"
 LOOKING = 0.1  # share of a run by the clock for measurements and samples
@@ -99,17 +100,17 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(config.seed)
             self.model = MambaLM(config.model_config(tokenizer.vocab_size)).to(self.device)
-        self.model.recompute = config.recompute
-        self.optimizer = torch.optim.AdamW(
-            self.model.param_groups(config.weight_decay), lr=config.lr, betas=config.betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
-        self.step = 0  # steps done
+        self.model.recompute, self.model.dropout = config.recompute, config.dropout
+        self.update = Update(self.model, config)
+        self.step = 0  # steps handed to the device
+        self.unread: list[Step] = []  # those of them whose loss has not been looked at
+        self.ahead = 1 if self.device.type == "cuda" else 0  # a GPU has a step to do while we look at the last one
         self.saved_step: int | None = None
         self.precision: str | None = None
         self.state: MambaState | None = None  # carried to the next batch
         self.seconds_before = 0.0  # in earlier processes
         self.began = time.monotonic()
+        self.read = 0.0  # when the last loss became known
         self.looking = 0.0  # seconds of it spent on measurements and samples, in this process
         self.rate = 0.0  # tokens per second, smoothed
 
@@ -149,7 +150,7 @@ class Trainer:
         # copies: memory that is aligned as in a process that never stopped gives the same bits
         self.model.load_state_dict(model.state_dict())
         tensors = {name: v.clone() for name, v in tensors.items()}
-        checkpointing.restore_optimizer(self.model, self.optimizer, tensors)
+        checkpointing.restore_optimizer(self.model, self.update.adamw, tensors)
         self.state = checkpointing.restored_state(tensors, self.model.config.n_layer)
         self.step = self.saved_step = meta["step"]
         self.precision, self.seconds_before = meta["precision"], meta["seconds"]
@@ -204,44 +205,45 @@ class Trainer:
     def _train_step(self) -> None:
         config, begin = self.config, time.monotonic()
         lr = learning_rate(self._schedule_progress(), lr=config.lr, min_lr=config.min_lr, warmup=config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        mean = 0.0
+        self.model.zero_grad(set_to_none=True)
+        losses, starts = [], []
         for micro in range(config.accumulate):
             index = self.step * config.accumulate + micro
             before = None if self.batches.starts_fresh(index) else self.state
             loss, after = self._loss(index, before, self.precision)
-            value = loss.item() / config.accumulate
-            if not math.isfinite(value):
-                self._stop_nonfinite(f"loss is {value}", index, before)
             (loss / config.accumulate).backward()
-            mean += value
+            losses.append(loss)
+            starts.append((index, before))
             self.state = after.detach() if config.carry else None
-        norm = self._clip(index, before)
-        self.optimizer.step()
+        reading = self.update(losses, lr)
         self.step += 1
-        self._log_step(mean, lr, norm, time.monotonic() - begin)
+        self.unread.append(Step(self.step, lr, begin, starts, reading))
+        self._settle(keep=self.ahead)
+
+    def _settle(self, keep: int = 0) -> None:
+        """Look at the losses of all steps but the last `keep`."""
+        while len(self.unread) > keep:
+            step = self.unread.pop(0)
+            *losses, norm = step.reading.get()
+            for loss, start in zip(losses, step.starts, strict=True):
+                if not math.isfinite(loss):
+                    self._stop_nonfinite(step, f"loss is {loss}", *start)
+            if not math.isfinite(norm):
+                self._stop_nonfinite(step, f"norm of the gradient is {norm}", *step.starts[-1])
+            begin, self.read = max(step.begin, self.read), time.monotonic()
+            self._log_step(step, sum(losses) / len(losses), norm, self.read - begin)
 
     def _loss(self, index: int, state: MambaState | None, precision: str):
         ids, labels = self.batches.batch(index)
         cu_seqlens = None
         if self.config.packed:
-            cu_seqlens = cu_seqlens_at_eos(ids, self.data.eos_id).to(self.device)
+            cu_seqlens = cu_seqlens_at_eos(ids, self.data.eos_id)
             ids, labels = ids.view(1, -1), labels.view(1, -1)
-        with autocast(precision, self.device):
-            ids, labels = ids.to(self.device), labels.to(self.device)
+        ids, labels = to_device(ids, self.device), to_device(labels, self.device)
+        seed, device = self.config.seed, self.device
+        with autocast(precision, device), random_numbers(seed, index, device) if self.config.dropout else nullcontext():
             out = self.model(ids, state=state, cu_seqlens=cu_seqlens, labels=labels)
         return out.loss, out.state
-
-    def _clip(self, index: int, before: MambaState | None) -> float:
-        """Scale the gradient to at most `clip`; its norm before that."""
-        parameters = list(self.model.parameters())
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(norm):  # before the step: the weights are still good
-            self._stop_nonfinite(f"norm of the gradient is {norm.item()}", index, before)
-        clip_grads_with_norm_(parameters, self.config.clip, norm)
-        return norm.item()
 
     def _schedule_progress(self) -> float:
         """Progress at the end of the coming step: the first one moves, and the last one has the lowest rate."""
@@ -250,14 +252,14 @@ class Trainer:
         mean = self.seconds / max(self.step, 1)
         return min(1.0, (self.seconds + mean) / self.config.seconds)
 
-    def _stop_nonfinite(self, what: str, index: int, before: MambaState | None):
+    def _stop_nonfinite(self, step: Step, what: str, index: int, before: MambaState | None):
         where = first_nonfinite(self.model, lambda: self._loss(index, before, self.precision)[0])
         other = "" if self.precision == "fp32" else ", --precision fp32"
         last = "there is no checkpoint yet: start again"
         if self.saved_step is not None:
             last = f"or go on from step {self.saved_step} with  anymamba train --resume {self.folder}"
         raise AnymambaError(
-            f"step {self.step + 1}: the {what}, and training cannot go on. {where[0].upper()}{where[1:]}.\n"
+            f"step {step.number}: the {what}, and training cannot go on. {where[0].upper()}{where[1:]}.\n"
             f"Try a lower --lr (it is {self.config.lr}), a longer --warmup{other}; {last}"
         )
 
@@ -267,12 +269,12 @@ class Trainer:
 
     # ---- what is said and saved ----
 
-    def _log_step(self, loss: float, lr: float, norm: float, seconds: float) -> None:
+    def _log_step(self, step: Step, loss: float, norm: float, seconds: float) -> None:
         config = self.config
         tokens = config.batch_size * config.seqlen * config.accumulate
         rate = tokens / max(seconds, 1e-9)
         self.rate = rate if self.rate == 0 else 0.9 * self.rate + 0.1 * rate
-        record = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens * self.step}
+        record = {"step": step.number, "loss": loss, "lr": step.lr, "grad_norm": norm, "tokens": tokens * step.number}
         record |= {"tokens_per_second": round(self.rate, 1), "seconds": round(self.seconds, 3)}
         self.log.write(record)
         self.display.step(record, min(1.0, self.progress), self.seconds_left)
@@ -284,6 +286,7 @@ class Trainer:
         if has_time and self.eval_due.is_due(self.step, progress):
             self._measure()
         if has_time and self.sample_due.is_due(self.step, progress):
+            self._settle()
             text = self._sample(self.config.sample_tokens)
             self.log.write({"step": self.step, "sample": text})
             self.display.sample(text)
@@ -292,6 +295,7 @@ class Trainer:
             self._save()
 
     def _measure(self) -> None:
+        self._settle()
         # windows all over the text, long enough that their beginnings weigh little; the end measures without cuts
         context = max(self.config.seqlen, 1024)
         result = self._evaluate(context=context, carry=False, max_tokens=self.config.eval_tokens)
@@ -305,15 +309,17 @@ class Trainer:
     def _sample(self, length: int) -> str:
         sampling = SamplingConfig(temperature=0.8, top_p=0.95)
         prompt = self.tokenizer.encode(self.prompt).tolist() or first_ids(self.tokenizer)
-        done = generate(self.model, [prompt], max_new_tokens=length, sampling=sampling, tokenizer=self.tokenizer)
+        with eval_mode(self.model):
+            done = generate(self.model, [prompt], max_new_tokens=length, sampling=sampling, tokenizer=self.tokenizer)
         return self.prompt + (done[0].text or "")
 
     def _save(self) -> None:
+        self._settle()
         if self.saved_step == self.step:
             return
         meta = {"step": self.step, "seconds": self.seconds, "precision": self.precision,
                 "threads": torch.get_num_threads(), "text": text_digest(self.data)}  # fmt: skip
-        tensors = checkpointing.optimizer_tensors(self.model, self.optimizer)
+        tensors = checkpointing.optimizer_tensors(self.model, self.update.adamw)
         tensors |= checkpointing.state_tensors(self.state)
         checkpointing.save(self.folder, self.model, tensors, meta, self.config.keep)
         checkpoint.save(self.model, self.folder)  # where `anymamba generate RUN` looks for it

@@ -1,0 +1,281 @@
+"""Selective scan in CUDA C++, forward and backward: `cuda_scan*.cu`, compiled by NVRTC.
+
+Here is what the host does: choose how the states are spread over lanes, allocate, launch, add up the partial sums.
+"""
+
+import torch
+
+from anymamba.kernels.cuda_launch import load, missing
+
+__all__ = ["missing", "saved_shape", "selective_scan", "selective_scan_backward", "supports"]
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDEST = 128  # largest d_state
+LANES = 65_536  # that fill a large GPU
+
+
+def supports(n: int) -> bool:
+    """Whether the kernels take this d_state."""
+    return n <= WIDEST
+
+
+# ---- sizes: all from the shape alone, so that results do not depend on the machine or its mood -----------------
+
+
+def padded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def chunk_length(n: int) -> int:
+    """Steps between the states that are saved for backward: at most 8 bytes a channel and step."""
+    return 16 * min(4, max(1, padded(n) // 16))
+
+
+def saved_shape(x_shape, A_shape, groups, sequences):
+    """Shape of the saved states: one every `chunk_length` steps of each sequence."""
+    d, n = A_shape
+    return x_shape[0] * x_shape[1] // chunk_length(n) + sequences + 1, d, padded(n)
+
+
+def forward_plan(sequences: int, d: int, n: int) -> dict:
+    """States a lane (K), lanes a channel (L), channels and steps of a tile (CB, T), blocks a multiprocessor."""
+    K = min(4 if n <= 32 else 8, padded(n))
+    L = padded(n) // K
+    return {"K": K, "L": L, "CB": 128 // L, "T": 16, "BLOCKS": 4 if K <= 4 else 3}
+
+
+def backward_plan(sequences: int, d: int, n: int) -> dict:
+    K = min(4 if n <= 32 else 8, padded(n))
+    L = padded(n) // K
+    return {"K": K, "L": L, "CB": 128 // L, "T": 16 if K <= 4 else 8, "BLOCKS": 4 if K <= 4 else 2}
+
+
+def pieces(sequences: int, t: int, d: int, n: int, packed: bool) -> tuple[int, int]:
+    """Into how many pieces of how many steps each sequence is cut, so that they fill the chip."""
+    lanes = max(1, sequences * d * max(1, padded(n) // 4))
+    wanted = 1 if packed else min(LANES // lanes, t // 256)
+    if wanted < 2:
+        return 1, t
+    step = -(-t // (64 * wanted)) * 64
+    return -(-t // step), step
+
+
+def _pitch(columns, size):
+    return -(-columns * size // 16) * 16 + 16
+
+
+def _tiles(p, rows, x, matrices, activations):
+    size = activations * _pitch(p["CB"], x.element_size()) * rows
+    return size + sum(_pitch(v.shape[-1], v.element_size()) * rows for v in matrices if v.dim() == 4)
+
+
+def _matrices(p, rows, matrices):
+    size, V = p["K"] * p["L"], min(4, p["K"])
+    return sum(16 if v.dim() == 2 else size // V * (rows * V + 4) * 4 for v in matrices)
+
+
+def _forward_bytes(p, x, matrices, activations):
+    """Of `struct Shared` of cuda_scan.cu and of cuda_scan_pieces.cu."""
+    T, CB = p["T"], p["CB"]
+    ring = 3 * _tiles(p, T, x, matrices, activations) + 2 * _pitch(CB, x.element_size()) * T
+    return ring + 2 * CB * (T + 2) * 8 + 2 * _matrices(p, T, matrices) + 32
+
+
+def _backward_bytes(p, chunk, x, matrices, activations):
+    """Of `struct Shared` of cuda_scan_backward.cu."""
+    K, L, T, CB = p["K"], p["L"], p["T"], p["CB"]
+    width = sum(K * L for v in matrices if v.dim() == 4)
+    tensor = x.dtype != torch.float32 and width and K > 1 and L <= 8
+    rows = CB * L // 32 * (8 // L if tensor else 1)
+    sums = rows * T * (width + bool(tensor)) or 4
+    between = (chunk // T - 1) * CB * L * K or 4
+    ready = CB * (chunk + 1) * 16
+    return 2 * _tiles(p, chunk, x, matrices, activations) + ready + _matrices(p, chunk, matrices) + 4 * (sums + between)
+
+
+# ---- arguments of the kernels ----------------------------------------------------------------------------------
+
+
+def _rows(v):
+    """v (b,t,d) itself if its channels lie side by side, else a copy."""
+    return v if v is None or v.stride(2) == 1 else v.contiguous()
+
+
+def _matrix(v):
+    """B or C as (b,t,g,n) with neighbouring n, or constant (d,n)."""
+    v = v.unsqueeze(2) if v.dim() == 3 else v
+    return v if v.dim() == 4 and v.stride(3) == 1 else v.contiguous()
+
+
+def _float(v):
+    return None if v is None else v.float().contiguous()
+
+
+def _at(v):
+    """Address of a tensor's data, 0 for None."""
+    return 0 if v is None else v.data_ptr()
+
+
+def _strided(v):
+    return (0, 0, 0) if v is None else (v.data_ptr(), v.stride(0), v.stride(1))
+
+
+def _strided_matrix(v):
+    if v.dim() == 2:
+        return v.data_ptr(), 0, 0, 0
+    return v.data_ptr(), v.stride(0), v.stride(1), v.stride(2) if v.shape[2] > 1 else 0
+
+
+def _wide(per_row, *tensors):
+    """Whether rows can be read 16 bytes at a time: each starts on such a boundary and is that long."""
+    for v in tensors:
+        if v is not None:
+            size = v.element_size()
+            if per_row * size % 16 or v.data_ptr() % 16 or v.stride(0) * size % 16 or v.stride(1) * size % 16:
+                return 0
+    return 1
+
+
+def _wide_matrix(*matrices):
+    for v in matrices:
+        if v.dim() == 4 and (v.stride(2) * v.element_size() % 16 or not _wide(v.shape[3], v)):
+            return 0
+    return 1
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, x, A, B, C, z, dt_softplus, cu_seqlens):
+        (self.b, self.t, self.d), self.n, self.x = x.shape, A.shape[1], x
+        self.sequences = self.b if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
+        self.pieces, self.step = pieces(self.sequences, self.t, self.d, self.n, cu_seqlens is not None)
+        self.defines = {
+            "XTYPE": TYPES[x.dtype], "BTYPE": TYPES[B.dtype], "CTYPE": TYPES[C.dtype], "N": self.n,
+            "CHUNK": chunk_length(self.n), "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
+            "BCONST": int(B.dim() == 2), "CCONST": int(C.dim() == 2),
+            "PACKED": 0 if cu_seqlens is None else cu_seqlens.element_size(), "WIDE_BC": _wide_matrix(B, C),
+        }  # fmt: skip
+
+    def blocks(self, plan):
+        """Of channels in a group."""
+        return -(-(self.d // self.groups) // plan["CB"])
+
+    def launch(self, file, name, plan, shared, args, pieces=None, **defines):
+        kernel = load(file, name, tuple((self.defines | plan | defines | {"SHARED": shared}).items()), self.x.device)
+        count = self.groups * self.blocks(plan) * self.sequences * self.pieces
+        kernel.launch((count, 1, 1), plan["CB"] * plan["L"], shared, args)
+        return kernel
+
+    def chain(self, plan, own, total, A, first, backward):
+        """What each piece begins with."""
+        starts = torch.empty_like(own)
+        defines = self.defines | plan | {"SHARED": 1 << 20, "WIDE": 0}
+        kernel = load("cuda_scan_pieces.cu", "scan_chain", tuple(defines.items()), self.x.device)
+        grid = (min(-(-self.b * self.d * self.n // 256), 65_535), 1, 1)
+        args = (_at(own), _at(total), _at(A), _at(first), _at(starts), self.b, self.pieces, self.d, int(backward))
+        kernel.launch(grid, 256, 0, args)
+        return starts
+
+    def empty(self, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------
+
+
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save):
+    """y (b,t,d), final_state (s,d,n) and, to `save` for backward, states along the way. See `ops.selective_scan`."""
+    x, dt, z, B, C, A = _rows(x), _rows(dt), _rows(z), _matrix(B), _matrix(C), A.contiguous()
+    D, dt_bias, initial_state = _float(D), _float(dt_bias), _float(initial_state)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens)
+    b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences
+    y = torch.empty((b, t, d), dtype=x.dtype, device=x.device)
+    saved = call.empty(*saved_shape(x.shape, A.shape, call.groups, s)) if save else call.empty(0)
+    final = call.empty(s, call.pieces, d, n)
+    if final.numel() == 0:
+        return y, final.view(s, d, n), saved
+    plan = forward_plan(s * call.pieces, d, n)
+    shared = _forward_bytes(plan, x, (B, C), 2 if z is None else 3)
+    wide = _wide(d // call.groups, x, dt, z, y)
+
+    def run(starts, y, final, saved, total):
+        call.launch(
+            "cuda_scan.cu", "scan_forward", plan, shared,
+            (*_strided(x), *_strided(dt), *_strided(z), _at(A), *_strided_matrix(B), *_strided_matrix(C), _at(D),
+             _at(dt_bias), _at(starts), _at(cu_seqlens), _at(y), _at(final), _at(saved), _at(total),
+             t, d, call.groups, call.pieces, call.step),
+            WIDE=wide, SAVE=int(saved is not None), STATE_ONLY=int(total is not None),
+        )  # fmt: skip
+
+    if call.pieces > 1:
+        own, total = torch.empty_like(final), call.empty(s, call.pieces, d)
+        run(None, None, own, None, total)
+        initial_state = call.chain(plan, own, total, A, initial_state, False)
+    run(initial_state, y, final, saved if save else None, None)
+    return y, final[:, -1] if call.pieces == 1 else final[:, -1].contiguous(), saved
+
+
+# ---- backward --------------------------------------------------------------------------------------------------
+
+
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
+    """Gradients of everything that forward took, in its order; None for what was absent."""
+    like_B, like_C, like_D, like_bias = B, C, D, dt_bias
+    x, dt, z, dy, B, C, A = _rows(x), _rows(dt), _rows(z), _rows(dy), _matrix(B), _matrix(C), A.contiguous()
+    D, dt_bias, dfinal_state = _float(D), _float(dt_bias), _float(dfinal_state)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens)
+    b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences * call.pieces
+    plan = backward_plan(s, d, n)
+    dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
+    dz = None if z is None else torch.empty_like(dx)
+    dA, dinitial, dD, dbias = call.empty(s, d, n), call.empty(s, d, n), call.empty(s, d), call.empty(s, d)
+    fixed = [call.empty(s, d, n) if v.dim() == 2 else None for v in (B, C)]
+    varying = [None if v.dim() == 2 else v.new_empty(b, t, call.groups, n) for v in (B, C)]
+    partial = call.empty(call.groups * call.blocks(plan), b * t, sum(n for v in (B, C) if v.dim() == 4))
+    if dA.numel():
+        wide = _wide(d // call.groups, x, dt, z, dy, dx)
+        if call.pieces > 1:
+            dfinal_state = _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide)
+        shared = _backward_bytes(plan, chunk_length(n), x, (B, C), 3 if z is None else 4)
+        call.launch(
+            "cuda_scan_backward.cu", "scan_backward", plan, shared,
+            (*_strided(x), *_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(B),
+             *_strided_matrix(C), _at(D), _at(dt_bias), _at(dfinal_state), _at(cu_seqlens), _at(saved),
+             _at(dx), _at(ddt), _at(dz), d, d, _at(dA), _at(fixed[0]), _at(fixed[1]), _at(partial), _at(dD), _at(dbias),
+             _at(dinitial), t, d, call.groups, call.pieces, call.step, b * t),
+            WIDE=wide,
+        )  # fmt: skip
+        if partial.numel():
+            defines = call.defines | plan | {"SHARED": shared, "WIDE": wide}
+            kernel = load("cuda_scan_backward.cu", "scan_collect", tuple(defines.items()), x.device)
+            grid = (min(-(-b * t * call.groups * partial.shape[2] // 256), 1 << 20), 1, 1)
+            args = (_at(partial), _at(varying[0]), _at(varying[1]), b * t, call.groups, call.blocks(plan))
+            kernel.launch(grid, 256, 0, args)
+    dB, dC = (_restore(*g) for g in zip(varying, fixed, (like_B, like_C), strict=True))
+    dD, dbias = (None if v is None else g.sum(0).to(v.dtype) for v, g in ((like_D, dD), (like_bias, dbias)))
+    return dx, ddt, dA.sum(0), dB, dC, dD, dz, dbias, dinitial.view(-1, call.pieces, d, n)[:, 0].contiguous()
+
+
+def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
+    """The gradient of the state after each piece."""
+    plan = forward_plan(call.sequences * call.pieces, call.d, call.n)
+    own, total = call.empty(call.b, call.pieces, call.d, call.n), call.empty(call.b, call.pieces, call.d)
+    call.launch(
+        "cuda_scan_pieces.cu", "scan_gradients", plan, _forward_bytes(plan, dt, (C,), 2 if z is None else 3),
+        (*_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(C), _at(dt_bias), _at(own), _at(total),
+         call.t, call.d, call.groups, call.pieces, call.step),
+        WIDE=wide,
+    )  # fmt: skip
+    return call.chain(plan, own, total, A, dfinal_state, True)
+
+
+def _restore(varying, fixed, like):
+    """The gradient of B or C in its own shape and dtype."""
+    if fixed is not None:
+        return fixed.sum(0).to(like.dtype)
+    groups = like.shape[2] if like.dim() == 4 else 1
+    if varying.shape[2] > groups:
+        varying = varying.float().sum(2, keepdim=True).to(like.dtype)
+    return varying.view(like.shape)

@@ -1,0 +1,307 @@
+// Selective scan, backward: chunks of CHUNK steps from last to first. See cuda_scan.cu for tiles and lanes.
+//
+// Of a chunk, forward saved the state before its first step. Within a chunk, parts of T steps from last to first:
+// walk forward and keep the T states in registers, then walk back with the gradient of the state. Where a chunk has
+// several parts, a first walk finds the states between them.
+#include "cuda_common.cuh"
+
+#define PARTS (CHUNK / T)
+#define SUMS ((BCONST ? 0 : K) + (CCONST ? 0 : K))  // sums over channels that a lane begins at each step
+#define WIDTH ((BCONST ? 0 : NP) + (CCONST ? 0 : NP))
+#define CHANNELS (32 / L)                           // of a warp
+#define SHARE (CHANNELS < SUMS ? CHANNELS : SUMS)   // lanes among which those sums end up
+#define AT_C (BCONST ? 0 : NP)
+#define TENSOR (XTYPE != 0 && SUMS && K > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
+#define LOW (TENSOR ? 4 : 1)                        // neighbouring lanes of different channels
+#define ROWS (TENSOR ? WARPS * CHANNELS / 4 : WARPS)
+#define SPACE (WIDTH + (TENSOR ? 1 : 0))
+
+// d += a (16 x 4: rows g and g + 8, column lane % 4) times b (4 x 8: row lane % 4, column g = lane / 4), in tf32
+__device__ __forceinline__ void tensor_sum(float (&d)[4], float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+}
+// to tf32's 10 bits; bfloat16 results need no more than what the tensor cores cut off by themselves
+__device__ __forceinline__ float rounded(float v) {
+    if (XTYPE == 1) return v;
+    unsigned r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v)); return __uint_as_float(r);
+}
+
+struct Tiles {
+    static constexpr int x = PITCH(CB, X) * CHUNK;
+    static constexpr int B = BCONST ? 0 : PITCH(N, BN::type) * CHUNK, C = CCONST ? 0 : PITCH(N, CN::type) * CHUNK;
+    static constexpr int dt = x, dy = 2 * x, z = 3 * x, b = (HAS_Z ? 4 : 3) * x, c = b + B, bytes = c + C;
+};
+struct Shared {
+    char raw[2][Tiles::bytes];      // inputs; dx, ddt and dz take the places of x, dt and z
+    float4 ready[CB][CHUNK + 1];    // step size, step size times input, gradient before the gate, softplus'
+    float B[BCONST ? 4 : NP / V * MATRIX(CHUNK)], C[CCONST ? 4 : NP / V * MATRIX(CHUNK)];
+    float sums[WIDTH ? ROWS * T * SPACE : 4];
+    float between[PARTS > 1 ? (PARTS - 1) * NT * K : 4];
+};
+
+static_assert(sizeof(Shared) <= SHARED, "more shared memory than the host gives");
+
+extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
+    const X* x, i64 x_row, i64 x_step, const X* dt, i64 dt_row, i64 dt_step, const X* z, i64 z_row, i64 z_step,
+    const X* dy, i64 dy_row, i64 dy_step,
+    const float* A, const BN::type* B, i64 B_row, i64 B_step, i64 B_group,
+    const CN::type* C, i64 C_row, i64 C_step, i64 C_group, const float* D, const float* bias,
+    const float* dfinal, const void* ends, const float* saved,
+    X* dx, X* ddt, X* dz, i64 dx_step, i64 dz_step, float* dA, float* dB_fixed, float* dC_fixed, float* partial, float* dD, float* dbias, float* dinitial,
+    i64 t, i64 d, i64 groups, i64 pieces, i64 piece, i64 tokens) {
+    extern __shared__ __align__(16) char memory[];
+    Shared& sm = *(Shared*)memory;
+    const Piece p = piece_of(ends, t, d, groups, pieces, piece);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = lane / LOW % L;
+    const int c = warp * CHANNELS + lane / (LOW * L) * LOW + lane % LOW;
+    const int channel = p.channel + c, blocks = (int)((d / groups + CB - 1) / CB * groups);
+    const bool real = c < p.channels;
+    const i64 sequence = blockIdx.x / blocks, place = (sequence * d + channel) * N;
+
+    x += p.row * x_row + p.first * x_step + p.channel;
+    dt += p.row * dt_row + p.first * dt_step + p.channel;
+    dy += p.row * dy_row + p.first * dy_step + p.channel;
+    if (HAS_Z) { z += p.row * z_row + p.first * z_step + p.channel; dz += p.token * dz_step + p.channel; }
+    dx += p.token * dx_step + p.channel;
+    ddt += p.token * d + p.channel;
+    if (!BCONST) B += p.row * B_row + p.first * B_step + p.group * B_group;
+    if (!CCONST) C += p.row * C_row + p.first * C_step + p.group * C_group;
+    saved += (p.slot * d + channel) * NP;
+    constexpr int width = (BCONST ? 0 : N) + (CCONST ? 0 : N);
+    partial += (blockIdx.x % blocks * tokens + p.token) * width;
+
+    float a[K] = {}, g[K] = {}, dA_sum[K] = {}, dB_sum[K] = {}, dC_sum[K] = {}, fixed_B[K] = {}, fixed_C[K] = {};
+    if (real) {
+        read_real(a, A + (i64)channel * N, j);
+        if (dfinal) read_real(g, dfinal + place, j);
+#pragma unroll
+        for (int k = 0; k < K; k++) if (state_index(k, j) < N) {
+            if (BCONST) fixed_B[k] = BN::get(B[(i64)channel * N + state_index(k, j)]);
+            if (CCONST) fixed_C[k] = CN::get(C[(i64)channel * N + state_index(k, j)]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) a[k] *= 1.44269504f;
+    const float skip = real && D ? D[channel] : 0.f, shift = real && bias ? bias[channel] : 0.f;
+    float dD_sum = 0.f, dbias_sum = 0.f;
+
+    const int chunks = (p.length + CHUNK - 1) / CHUNK;
+    auto fetch = [&](int chunk) {
+        char* raw = sm.raw[chunk & 1];
+        const int rows = p.length - chunk * CHUNK;
+        load_tile<X, CHUNK, CB, WIDE>(raw, x + (i64)chunk * CHUNK * x_step, x_step, rows, p.channels);
+        load_tile<X, CHUNK, CB, WIDE>(raw + Tiles::dt, dt + (i64)chunk * CHUNK * dt_step, dt_step, rows, p.channels);
+        load_tile<X, CHUNK, CB, WIDE>(raw + Tiles::dy, dy + (i64)chunk * CHUNK * dy_step, dy_step, rows, p.channels);
+        if (HAS_Z) load_tile<X, CHUNK, CB, WIDE>(raw + Tiles::z, z + (i64)chunk * CHUNK * z_step, z_step, rows, p.channels);
+        if (!BCONST) load_tile<BN::type, CHUNK, N, WIDE_BC>(raw + Tiles::b, B + (i64)chunk * CHUNK * B_step, B_step, rows, N);
+        if (!CCONST) load_tile<CN::type, CHUNK, N, WIDE_BC>(raw + Tiles::c, C + (i64)chunk * CHUNK * C_step, C_step, rows, N);
+        commit();
+    };
+
+    auto prepare = [&](int chunk) {
+        char* raw = sm.raw[chunk & 1];
+        const int rows = p.length - chunk * CHUNK;
+#pragma unroll
+        for (int i = 0; i < (CHUNK + L - 1) / L; i++) {
+            const int s = i * L + j;
+            if (CHUNK % L && s >= CHUNK) break;
+            const float raw_step = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift;
+            float v = DT_SOFTPLUS ? softplus(raw_step) : raw_step, gate = 1.f;
+            if (s >= rows) v = 0.f;
+            if (HAS_Z) { gate = XN::get(at<X>(raw + Tiles::z, s, c)); gate *= sigmoid(gate); }
+            sm.ready[c][s] = make_float4(v, v * XN::get(at<X>(raw, s, c)), gate * XN::get(at<X>(raw + Tiles::dy, s, c)),
+                                         DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
+        }
+        if (!BCONST) widen<BN, CHUNK>(sm.B, raw + Tiles::b);
+        if (!CCONST) widen<CN, CHUNK>(sm.C, raw + Tiles::c);
+    };
+    auto collect = [&](int chunk, int part) {  // over the warps, to memory; the blocks' sums are added up afterwards
+        const int rows = p.length - chunk * CHUNK;
+#pragma unroll
+        for (int turn = 0; turn < TURNS(T * WIDTH); turn++) {
+            const int i = turn * NT + threadIdx.x, s = i / (WIDTH + !WIDTH), v = i % (WIDTH + !WIDTH), n = v % NP;
+            if (T * WIDTH % NT && i >= T * WIDTH) break;
+            float sum = 0.f;
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) sum += sm.sums[(r * T + s) * SPACE + v];
+            if (part * T + s < rows && n < N)
+                partial[(i64)(chunk * CHUNK + part * T + s) * width + (v < NP ? 0 : N) + n] = sum;
+        }
+    };
+
+    float h0[K] = {};
+    if (chunks) {
+        fetch(chunks - 1);
+        if (real) read_states(h0, saved + (i64)(chunks - 1) * d * NP, j);
+        arrived();
+        __syncthreads();
+        prepare(chunks - 1);
+    }
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        char* raw = sm.raw[chunk & 1];
+        const int rows = p.length - chunk * CHUNK;
+        float start[K];
+#pragma unroll
+        for (int k = 0; k < K; k++) start[k] = h0[k];
+        __syncthreads();
+        if (chunk) { fetch(chunk - 1); if (real) read_states(h0, saved + (i64)(chunk - 1) * d * NP, j); }
+
+        if (PARTS > 1) {  // the states between the parts
+            float v[K];
+#pragma unroll
+            for (int k = 0; k < K; k++) v[k] = start[k];
+#pragma unroll 1
+            for (int part = 0; part < PARTS - 1; part++) {
+                float Bv[STEPS][K];
+#pragma unroll
+                for (int i = 0; i < T; i++) {
+                    const float2 q = *(const float2*)&sm.ready[c][part * T + i];
+                    if (i % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + i, j);
+#pragma unroll
+                    for (int k = 0; k < K; k++) v[k] = fmaf(ex2(q.x * a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                }
+#pragma unroll
+                for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k];
+            }
+        }
+
+#pragma unroll 1
+        for (int part = PARTS - 1; part >= 0; part--) {
+            if (PARTS > 1 && part > 0) {
+#pragma unroll
+                for (int k = 0; k < K; k++) start[k] = sm.between[((part - 1) * K + k) * NT + threadIdx.x];
+            } else if (PARTS > 1 && real) {
+                read_states(start, saved + (i64)chunk * d * NP, j);  // again: h0 now belongs to the chunk before
+            }
+            float h[T][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
+#pragma unroll
+            for (int first = 0; first < T; first += U) {
+                float sum[U];
+#pragma unroll
+                for (int i = 0; i < U; i++) {
+                    const int s = first + i;
+                    const float2 q = *(const float2*)&sm.ready[c][part * T + s];
+                    if (s % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + s, j);
+                    if (s % STEPS == 0 && !CCONST && HAS_Z) read_matrix<CHUNK>(Cv, sm.C, part * T + s, j);
+                    sum[i] = 0.f;
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        h[s][k] = fmaf(ex2(q.x * a[k]), s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
+                        if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
+                    }
+                }
+                if (HAS_Z) {
+                    sum_lanes<U, log2_of(L), LOW>(sum, lane);
+#pragma unroll
+                    for (int i = 0; i < (U + L - 1) / L; i++) out[first / L + i] = sum[i];
+                }
+            }
+            float tensor[TENSOR ? SUMS / 2 : 1][4];
+#pragma unroll
+            for (int first = T - U; first >= 0; first -= U) {
+                float through_a[U], through_b[U];
+#pragma unroll
+                for (int i = U - 1; i >= 0; i--) {
+                    const int s = first + i;
+                    const float4 q = sm.ready[c][part * T + s];
+                    float over[SUMS ? SUMS : 1];
+                    if (s % STEPS == STEPS - 1 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + s - STEPS + 1, j);
+                    if (s % STEPS == STEPS - 1 && !CCONST) read_matrix<CHUNK>(Cv, sm.C, part * T + s - STEPS + 1, j);
+                    through_a[i] = through_b[i] = 0.f;
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        const float gh = fmaf(q.z, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]);  // of the state after this step
+                        g[k] = gh * ex2(q.x * a[k]);
+                        const float decay = g[k] * (s ? h[s ? s - 1 : 0][k] : start[k]);
+                        dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
+                        through_a[i] = fmaf(decay, a[k], through_a[i]);
+                        through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
+                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[k] = gh * q.y;
+                        if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else over[SUMS - K + k] = q.z * h[s][k];
+                    }
+                    // dB and dC: over the channels of the warp
+                    if constexpr (TENSOR) {
+                        // column s % 8 of the result: for 8 steps one accumulator
+#pragma unroll
+                        for (int m = 0; m < SUMS / 2; m++) {
+                            if (i % 8 == 7) tensor[m][0] = tensor[m][1] = tensor[m][2] = tensor[m][3] = 0.f;
+                            tensor_sum(tensor[m], rounded(over[2 * m]), rounded(over[2 * m + 1]), lane / 4 == i % 8 ? 1.f : 0.f);
+                            if (i % 8 == 0) {
+                                const int k = 2 * m % K, pad = 2 * m < K ? 0 : AT_C;
+                                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * T + s + lane % 4 * 2) * SPACE + pad;
+                                to[state_index(k, j)] = tensor[m][0];
+                                to[state_index(k + 1, j)] = tensor[m][2];
+                                to[state_index(k, j) + SPACE] = tensor[m][1];
+                                to[state_index(k + 1, j) + SPACE] = tensor[m][3];
+                            }
+                        }
+                    } else if constexpr (SUMS) {
+                        sum_lanes<SUMS, log2_of(CHANNELS), L>(over, lane);
+                        const int share = lane / L % SHARE;
+                        float* to = sm.sums + (warp * T + s) * SPACE;
+#pragma unroll
+                        for (int m = 0; m < SUMS / SHARE; m++) {
+                            const int v = m * SHARE + share;
+                            if (lane / L < SHARE) to[!BCONST && v < K ? state_index(v, j) : AT_C + state_index(v - (SUMS - K), j)] = over[m];
+                        }
+                    }
+                }
+                sum_lanes<U, log2_of(L), LOW>(through_a, lane);
+                sum_lanes<U, log2_of(L), LOW>(through_b, lane);
+#pragma unroll
+                for (int i = 0; i < (U + L - 1) / L; i++) {
+                    const int s = part * T + first + i * L + j;
+                    if ((L > U && j >= U) || s >= rows) continue;
+                    const float4 q = sm.ready[c][s];
+                    X& x_place = at<X>(raw, s, c);
+                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, through_b[i], 0.693147181f * through_a[i]);
+                    if (HAS_Z) {
+                        X& z_place = at<X>(raw + Tiles::z, s, c);
+                        const float gate = XN::get(z_place), sig = sigmoid(gate), given = XN::get(at<X>(raw + Tiles::dy, s, c));
+                        z_place = XN::put(given * fmaf(skip, xv, out[first / L + i]) * sig * fmaf(gate, 1.f - sig, 1.f));
+                    }
+                    dD_sum = fmaf(q.z, xv, dD_sum);
+                    dbias_sum += step_grad;
+                    x_place = XN::put(fmaf(q.x, through_b[i], skip * q.z));
+                    at<X>(raw + Tiles::dt, s, c) = XN::put(step_grad);
+                }
+            }
+            if (SUMS && part) { __syncthreads(); collect(chunk, part); __syncthreads(); }
+        }
+        arrived();
+        __syncthreads();
+        if (SUMS) collect(chunk, 0);
+        store_tile<X, CHUNK, CB, WIDE>(dx + (i64)chunk * CHUNK * dx_step, dx_step, raw, rows, p.channels);
+        store_tile<X, CHUNK, CB, WIDE>(ddt + (i64)chunk * CHUNK * d, d, raw + Tiles::dt, rows, p.channels);
+        if (HAS_Z) store_tile<X, CHUNK, CB, WIDE>(dz + (i64)chunk * CHUNK * dz_step, dz_step, raw + Tiles::z, rows, p.channels);
+        if (chunk) prepare(chunk - 1);
+    }
+    if (real) {
+        write_real(dA + place, dA_sum, j);
+        write_real(dinitial + place, g, j);
+        if (BCONST) write_real(dB_fixed + place, dB_sum, j);
+        if (CCONST) write_real(dC_fixed + place, dC_sum, j);
+    }
+#pragma unroll
+    for (int mask = LOW; mask < L * LOW; mask *= 2) {
+        dD_sum += __shfl_xor_sync(0xffffffffu, dD_sum, mask);
+        dbias_sum += __shfl_xor_sync(0xffffffffu, dbias_sum, mask);
+    }
+    if (real && j == 0) { dD[sequence * d + channel] = dD_sum; dbias[sequence * d + channel] = dbias_sum; }
+}
+
+// The blocks' sums of dB and dC, in a fixed order: partial (groups * blocks, tokens, width) -> (tokens, groups, N) each.
+extern "C" __global__ void scan_collect(const float* partial, BN::type* dB, CN::type* dC, i64 tokens, i64 groups, i64 blocks) {
+    constexpr int width = (BCONST ? 0 : N) + (CCONST ? 0 : N);
+    const i64 count = tokens * width;
+    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < count * groups; i += (i64)gridDim.x * blockDim.x) {
+        const i64 group = i / count, place = i % count, token = place / width, v = place % width;
+        const float* from = partial + group * blocks * count + place;
+        float sum = 0.f;
+        for (i64 k = 0; k < blocks; k++) sum += from[k * count];
+        if (!BCONST && v < N) dB[(token * groups + group) * N + v] = BN::put(sum);
+        else dC[(token * groups + group) * N + v - (BCONST ? 0 : N)] = CN::put(sum);
+    }
+}

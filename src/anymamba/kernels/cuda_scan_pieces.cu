@@ -1,0 +1,110 @@
+// For small problems time is cut into pieces that run side by side. What each needs to begin with is found first: the
+// pieces' own effects (scan_forward with STATE_ONLY; scan_gradients here), then a chain over the pieces.
+#include "cuda_common.cuh"
+
+// at the start of each piece: v = exp(A * sum of step sizes) * v + the piece's own effect
+extern "C" __global__ void scan_chain(const float* own, const float* total_step, const float* A, const float* first,
+                                      float* starts, i64 rows, i64 pieces, i64 d, i64 backward) {
+    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < rows * d * N; i += (i64)gridDim.x * blockDim.x) {
+        const i64 row = i / (d * N), place = i % (d * N);
+        const float a = A[place];
+        float v = first ? first[i] : 0.f;
+        for (i64 k = 0; k < pieces; k++) {
+            const i64 piece = row * pieces + (backward ? pieces - 1 - k : k);
+            starts[piece * d * N + place] = v;
+            v = fmaf(ex2(1.44269504f * a * total_step[piece * d + place / N]), v, own[piece * d * N + place]);
+        }
+    }
+}
+
+struct Tiles {
+    static constexpr int x = PITCH(CB, X) * T, C = CCONST ? 0 : PITCH(N, CN::type) * T;
+    static constexpr int dy = x, z = 2 * x, c = (HAS_Z ? 3 : 2) * x, bytes = c + C;
+};
+struct Shared {
+    char raw[3][Tiles::bytes];
+    float2 ready[2][CB][T + 2];  // step size, gradient before the gate
+    float C[2][CCONST ? 4 : NP / V * MATRIX(T)];
+};
+static_assert(sizeof(Shared) <= SHARED, "more shared memory than the host gives");
+
+// The gradient of the state before each piece if none comes from after it: g = exp(step A) (g + C dy), backwards.
+extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
+    const X* dt, i64 dt_row, i64 dt_step, const X* z, i64 z_row, i64 z_step, const X* dy, i64 dy_row, i64 dy_step,
+    const float* A, const CN::type* C, i64 C_row, i64 C_step, i64 C_group, const float* bias,
+    float* own, float* total_step, i64 t, i64 d, i64 groups, i64 pieces, i64 piece) {
+    extern __shared__ __align__(16) char memory[];
+    Shared& sm = *(Shared*)memory;
+    const Piece p = piece_of(0, t, d, groups, pieces, piece);
+    const int j = threadIdx.x % L, c = threadIdx.x / L, channel = p.channel + c;
+    const bool real = c < p.channels;
+    const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
+
+    dt += p.row * dt_row + p.first * dt_step + p.channel;
+    dy += p.row * dy_row + p.first * dy_step + p.channel;
+    if (HAS_Z) z += p.row * z_row + p.first * z_step + p.channel;
+    if (!CCONST) C += p.row * C_row + p.first * C_step + p.group * C_group;
+
+    float a[K] = {}, g[K] = {}, fixed_C[K] = {}, steps_sum = 0.f;
+    if (real) {
+        read_real(a, A + (i64)channel * N, j);
+        if (CCONST)
+#pragma unroll
+            for (int k = 0; k < K; k++) if (state_index(k, j) < N) fixed_C[k] = CN::get(C[(i64)channel * N + state_index(k, j)]);
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) a[k] *= 1.44269504f;
+    const float shift = real && bias ? bias[channel] : 0.f;
+
+    const int tiles = (p.length + T - 1) / T;
+    auto fetch = [&](int tile) {
+        char* raw = sm.raw[tile % 3];
+        const int rows = p.length - tile * T;
+        load_tile<X, T, CB, WIDE>(raw, dt + (i64)tile * T * dt_step, dt_step, rows, p.channels);
+        load_tile<X, T, CB, WIDE>(raw + Tiles::dy, dy + (i64)tile * T * dy_step, dy_step, rows, p.channels);
+        if (HAS_Z) load_tile<X, T, CB, WIDE>(raw + Tiles::z, z + (i64)tile * T * z_step, z_step, rows, p.channels);
+        if (!CCONST) load_tile<CN::type, T, N, WIDE_BC>(raw + Tiles::c, C + (i64)tile * T * C_step, C_step, rows, N);
+        commit();
+    };
+    auto prepare = [&](int tile) {
+        char* raw = sm.raw[tile % 3];
+        const int rows = p.length - tile * T;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int s = i * L + j;
+            float v = XN::get(at<X>(raw, s, c)) + shift, given = XN::get(at<X>(raw + Tiles::dy, s, c));
+            if (DT_SOFTPLUS) v = softplus(v);
+            if (s >= rows) v = 0.f;
+            if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); given *= gate * sigmoid(gate); }
+            sm.ready[tile & 1][c][s] = make_float2(v, given);
+            steps_sum += v;
+        }
+        if (!CCONST) widen<CN, T>(sm.C[tile & 1], raw + Tiles::c);
+    };
+
+    if (tiles) {
+        fetch(tiles - 1);
+        arrived();
+        __syncthreads();
+        prepare(tiles - 1);
+        if (tiles > 1) fetch(tiles - 2);
+    }
+    for (int tile = tiles - 1; tile >= 0; tile--) {
+        arrived();
+        __syncthreads();
+        if (tile > 1) fetch(tile - 2);
+        if (tile > 0) prepare(tile - 1);
+        float Cv[STEPS][K];
+#pragma unroll
+        for (int s = T - 1; s >= 0; s--) {
+            const float2 q = sm.ready[tile & 1][c][s];
+            if (s % STEPS == STEPS - 1 && !CCONST) read_matrix<T>(Cv, sm.C[tile & 1], s - STEPS + 1, j);
+#pragma unroll
+            for (int k = 0; k < K; k++) g[k] = fmaf(q.y, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]) * ex2(q.x * a[k]);
+        }
+    }
+    if (real) write_real(own + (sequence * d + channel) * N, g, j);
+#pragma unroll
+    for (int mask = 1; mask < L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
+    if (real && j == 0) total_step[sequence * d + channel] = steps_sum;
+}

@@ -1,0 +1,155 @@
+"""What the Triton scans share: step sizes, tiles of the state, and the cut of time into chunks that run side by side.
+
+The state of a block of channels is a tile [N, lanes], N = n rounded up to a power of two, held in registers with one
+channel a thread. Triton gives it the layout of the arrays that it is loaded from and stored to inside the walk over
+time, so these have the channels innermost, and pointers to them are not specialized on alignment: else a thread would
+get several channels and a part of n, and every step would pass values between threads.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# ---- parts of the kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), right in all digits where it is tiny: max(v, 0) + log1p(e) by a polynomial, e = e^-|v| ≤ 1."""
+    e = tl.exp2(tl.abs(v) * -LOG2E)
+    p = e * 0.00536482278 - 0.0300657861  # minimax for log1p(e) / e, relative error 3e-8
+    p = p * e + 0.0792045255
+    p = p * e - 0.137538015
+    p = p * e + 0.191536545
+    p = p * e - 0.248571636
+    p = p * e + 0.333213226
+    p = p * e - 0.49999648
+    p = p * e + 1.0
+    return p * e + tl.maximum(v, 0.0)
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(v * -LOG2E))
+
+
+@triton.jit
+def channels(block, per_group, width, LANES: tl.constexpr):
+    """Group of a block; its channels, the last one repeated, so that loads need no mask; and where they repeat not."""
+    group = block // per_group
+    place = group * width + block % per_group * LANES + tl.arange(0, LANES)
+    end = (group + 1) * width
+    return group, place, tl.minimum(place, end - 1), place < end
+
+
+@triton.jit
+def span(bounds, s, chunk, t, length, KEEP: tl.constexpr):
+    """Row of the batch, first step and number of steps of a sequence's chunk, and where its saved states begin."""
+    if bounds is None:
+        row, first = s, (chunk * length).to(tl.int64)
+        start = s * t
+        count = tl.minimum(length, t - chunk * length)
+    else:
+        start = tl.load(bounds + s).to(tl.int64)
+        row, first = s * 0, start
+        count = (tl.load(bounds + s + 1).to(tl.int64) - start).to(tl.int32)
+    return row, first, count, start // KEEP + s + chunk * length // KEEP
+
+
+@triton.jit
+def column(p, j, n: tl.constexpr):
+    """A row of B or C as a column [N, 1]."""
+    return tl.load(p + j, mask=j < n, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def chain(local, sums, A, first, chunks, blocks, per_group, width, d, n: tl.constexpr, N: tl.constexpr,
+          LANES: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """Turns what each chunk adds to the state (s,chunks,blocks,N,lanes) into the state that comes into the chunk.
+
+    sums (s,chunks,blocks,lanes): a chunk's total step size. BACK: from the last chunk to the first, for gradients.
+    """
+    block = tl.program_id(0) % blocks
+    s = (tl.program_id(0) // blocks).to(tl.int64)
+    group, place, channel, inside = channels(block, per_group, width, LANES)
+    j, lane = tl.arange(0, N), tl.arange(0, LANES)
+    ours = (j < n)[:, None] & inside[None, :]
+    a = tl.load(A + j[:, None] * d + place[None, :], mask=ours, other=0.0) * LOG2E
+    h = tl.zeros([N, LANES], tl.float32)
+    if first is not None:
+        h = tl.load(first + s * n * d + j[:, None] * d + place[None, :], mask=ours, other=0.0)
+    for start in range(0, chunks, 4):
+        added, total = (), ()
+        for i in tl.static_range(4):  # all loads first: each would wait for the one before
+            k = chunks - 1 - start - i if BACK else start + i
+            at = (s * chunks + k) * blocks + block
+            there = lane * 0 + (start + i) < chunks - 1  # what the last adds goes nowhere
+            tile = local + at * N * LANES + j[:, None] * LANES + lane[None, :]
+            added += (tl.load(tile, mask=there[None, :], other=0.0),)
+            total += (tl.load(sums + at * LANES + lane, mask=there, other=0.0),)
+        for i in tl.static_range(4):
+            k = chunks - 1 - start - i if BACK else start + i
+            at = (s * chunks + k) * blocks + block
+            there = lane * 0 + (start + i) < chunks
+            tl.store(local + at * N * LANES + j[:, None] * LANES + lane[None, :], h, mask=there[None, :])
+            h = tl.exp2(a * total[i][None, :]) * h + added[i]
+
+
+# ---- launches --------------------------------------------------------------------------------------------------
+
+SHORTEST = 128  # steps of a chunk of time; shorter ones would cost memory
+
+
+def on(device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def unit(v):
+    """v with its last axis dense."""
+    return v if v is None or v.stride(-1) == 1 else v.contiguous()
+
+
+def across(v):
+    """(…,d,n) → dense float32 (…,n,d), the order that tiles are loaded in."""
+    return None if v is None else v.float().transpose(-1, -2).contiguous()
+
+
+def shared(v):
+    """B or C as the kernels read it, and its strides (b, t, g), 0 where it has no such axis.
+
+    In float32: it is read by every channel, and each thread would convert it again.
+    """
+    if v.dim() == 2:
+        return across(v), (0, 0, 0)
+    v = unit(v.float())
+    return v, (v.stride(0), v.stride(1), v.stride(2) if v.dim() == 4 else 0)
+
+
+def strides(v):
+    return (0, 0) if v is None else (v.stride(0), v.stride(1))
+
+
+def keep_every(n):
+    """Steps between saved states: they take about as much memory as x in float32."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def tile(n, elements):
+    """(N, lanes, warps): a tile of about `elements` a thread, at most one channel in it."""
+    N = triton.next_power_of_2(max(n, 1))
+    lanes = max(8, min(32, 32 * elements // N))
+    return N, lanes, max(1, N * lanes // (32 * elements))
+
+
+def cut(programs, t, n, wanted, cu_seqlens):
+    """(chunks, steps of one): time is cut where too few programs would run at a time."""
+    if cu_seqlens is not None or programs * 2 > wanted:
+        return 1, t
+    keep = keep_every(n)
+    length = max(-(-t // -(-wanted // programs)), SHORTEST, 4 * n)
+    length = -(-length // keep) * keep
+    return max(1, -(-t // length)), length

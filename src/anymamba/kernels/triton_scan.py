@@ -1,0 +1,209 @@
+"""Selective scan on a GPU: a program walks over time with the state of a block of channels in registers.
+
+A few steps are loaded before the steps in front of them are computed. Where blocks and sequences are too few for the
+chip, time is cut into chunks as well: a first walk finds what each adds to the state, `triton_common.chain` passes
+that on, and a second walk computes the outputs. Backward is in `triton_scan_backward.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from anymamba.kernels.triton_common import (
+    LOG2E,
+    across,
+    chain,
+    channels,
+    column,
+    cut,
+    keep_every,
+    on,
+    shared,
+    sigmoid,
+    softplus,
+    span,
+    strides,
+    tile,
+    unit,
+)
+
+STEPS = 4  # loaded at a time
+WANTED = 2112  # programs of one warp: four for each scheduler of a large GPU
+
+
+@triton.jit
+def _load(p, row_stride, channel, some, STEPS: tl.constexpr):
+    """The next steps, one [lanes] each; nothing is read unless `some`."""
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows += (tl.load(p + (i * row_stride + channel), mask=some),)
+    return rows
+
+
+@triton.jit
+def _step(h, a, dt, x, z, b, c, dt_bias, D, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr):
+    """State after one step, its step size, and its output."""
+    s, x = dt.to(tl.float32) + dt_bias, x.to(tl.float32)
+    if SOFTPLUS:
+        s = softplus(s)
+    h = tl.exp2(a * s[None, :]) * h + b * (s * x)[None, :]
+    y = x
+    if OUT:
+        y = tl.sum(h * c, 0) + D * x
+        if GATE:
+            z = z.to(tl.float32)
+            y *= z * sigmoid(z)
+    return h, s, y
+
+
+@triton.jit(
+    do_not_specialize=["t", "length", "chunks", "launched", "blocks", "per_group", "width"],
+    do_not_specialize_on_alignment=["A", "B_fixed", "C_fixed", "first", "added", "saved"],
+)
+def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last, added, sums, saved, bounds,
+                 x_b, x_t, dt_b, dt_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g,
+                 t, length, chunks, launched, d, blocks, per_group, width,
+                 n: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, KEEP: tl.constexpr,
+                 SOFTPLUS: tl.constexpr):  # fmt: skip
+    """Outputs, the last state and, if wanted, one state in KEEP. Without y: what the chunk adds to the state, and Σ Δ.
+
+    first, last (s,n,d), (s,d,n), or with several chunks first = added (s,chunks,blocks,N,lanes), by `chain`.
+    """
+    OUT: tl.constexpr = y is not None
+    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // blocks % launched
+    s = (tl.program_id(0) // blocks // launched).to(tl.int64)
+    group, place, channel, inside = channels(block, per_group, width, LANES)
+    row, start, count, slot = span(bounds, s, chunk, t, length, KEEP)
+    j, lane = tl.arange(0, N), tl.arange(0, LANES)
+    across_d = j[:, None] * d + place[None, :]
+    dense = j[:, None] * LANES + lane[None, :]
+    ours = (j < n)[:, None] & inside[None, :]
+    a = tl.load(A + across_d, mask=ours, other=0.0) * LOG2E
+
+    x += row * x_b + start * x_t
+    dt += row * dt_b + start * dt_t
+    if z is not None:
+        z += row * z_b + start * z_t
+    if OUT:
+        y += (row * t + start) * d
+    bias = tl.load(dt_bias + channel).to(tl.float32) if dt_bias is not None else 0.0
+    skip = tl.load(D + channel).to(tl.float32) if D is not None else 0.0
+    if B_fixed is not None:
+        b = tl.load(B_fixed + across_d, mask=ours, other=0.0)
+    else:
+        B += row * B_b + start * B_t + group * B_g
+    if C_fixed is not None:
+        c = tl.load(C_fixed + across_d, mask=ours, other=0.0)
+    elif OUT:
+        C += row * C_b + start * C_t + group * C_g
+
+    at = ((s * chunks + chunk) * blocks + block) * N * LANES
+    h = tl.zeros([N, LANES], tl.float32)
+    if first is not None:
+        h = tl.load(first + s * n * d + across_d, mask=ours, other=0.0)
+    elif added is not None and OUT:
+        h = tl.load(added + at + dense)
+    total = tl.zeros([LANES], tl.float32)
+
+    wide = s * 0  # makes offsets 64-bit
+    groups_of_steps = count // STEPS
+    some = lane < LANES * tl.minimum(groups_of_steps, 1)  # a mask that is one number fails in Triton's interpreter
+    dts, xs = _load(dt, dt_t, channel, some, STEPS), _load(x, x_t, channel, some, STEPS)
+    zs = _load(z, z_t, channel, some, STEPS) if z is not None else xs
+    for i in range(groups_of_steps):
+        if saved is not None and i % (KEEP // STEPS) == 0:
+            tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
+        ahead = wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
+        next_dts = _load(dt + ahead * dt_t, dt_t, channel, some, STEPS)
+        next_xs = _load(x + ahead * x_t, x_t, channel, some, STEPS)
+        next_zs = _load(z + ahead * z_t, z_t, channel, some, STEPS) if z is not None else next_xs
+        here = wide + i * STEPS
+        for k in tl.static_range(STEPS):
+            if B_fixed is None:
+                b = column(B + here * B_t + k * B_t, j, n)
+            if C_fixed is None:
+                c = column(C + here * C_t + k * C_t, j, n) if OUT else 0.0
+            h, size, out = _step(h, a, dts[k], xs[k], zs[k], b, c, bias, skip, SOFTPLUS, z is not None, OUT)
+            if OUT:
+                tl.store(y + here * d + (k * d + channel), out.to(y.dtype.element_ty), mask=inside)
+            else:
+                total += size
+        dts, xs, zs = next_dts, next_xs, next_zs
+
+    rest = groups_of_steps * STEPS
+    if saved is not None and (rest < count) & (rest % KEEP == 0):
+        tl.store(saved + ((slot + rest // KEEP) * blocks + block) * N * LANES + dense, h)
+    for i in range(rest, count):
+        here = wide + i
+        if B_fixed is None:
+            b = column(B + here * B_t, j, n)
+        if C_fixed is None:
+            c = column(C + here * C_t, j, n) if OUT else 0.0
+        now_z = tl.load(z + here * z_t + channel) if z is not None else 0.0
+        h, size, out = _step(h, a, tl.load(dt + here * dt_t + channel), tl.load(x + here * x_t + channel), now_z, b, c,
+                             bias, skip, SOFTPLUS, z is not None, OUT)  # fmt: skip
+        if OUT:
+            tl.store(y + here * d + channel, out.to(y.dtype.element_ty), mask=inside)
+        else:
+            total += size
+
+    if not OUT:
+        tl.store(added + at + dense, h)
+        tl.store(sums + ((s * chunks + chunk) * blocks + block) * LANES + lane, total)
+    elif chunk == chunks - 1:
+        tl.store(last + s * n * d + channel[None, :] * n + j[:, None], h, mask=ours)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------
+
+
+def layout(x, A, groups):
+    """(N, lanes, warps, blocks of channels of a group, all blocks) of the forward walk."""
+    N, lanes, warps = tile(A[1], 32 if A[1] > 32 else 16)
+    per_group = triton.cdiv(x[2] // groups, lanes)
+    return N, lanes, warps, per_group, groups * per_group
+
+
+def saved_shape(x, A, groups, sequences):
+    """Shape of the states kept for backward, (slots, blocks, N, lanes), from the shapes of x and A."""
+    N, lanes, _, _, blocks = layout(x, A, groups)
+    return x[0] * x[1] // keep_every(A[1]) + sequences, blocks, N, lanes
+
+
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save):
+    """y (b,t,d), final_state (s,d,n) float32 and the states kept for backward if `save`, else None.
+
+    Shapes as `ops.selective_scan`; x, dt, z of one dtype, A and initial_state float32.
+    """
+    (b, t, d), n = x.shape, A.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.numel() - 1
+    groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
+    real = {"dtype": torch.float32, "device": x.device}
+    y, last = x.new_empty(b, t, d), torch.empty(sequences, d, n, **real)
+    saved = torch.empty(saved_shape(x.shape, A.shape, groups, sequences), **real) if save else None
+    if last.numel() == 0:
+        return y, last, saved
+
+    N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
+    chunks, length = cut(sequences * blocks, t, n, WANTED, cu_seqlens)
+    x, dt, z, A, first = unit(x), unit(dt), unit(z), across(A), across(initial_state)
+    (B, B_strides), (C, C_strides) = shared(B), shared(C)
+    fixed = [v if v.dim() == 2 else None for v in (B, C)]
+    added = torch.empty(sequences, chunks, blocks, N, lanes, **real) if chunks > 1 else None
+    sums = torch.empty(sequences, chunks, blocks, lanes, **real) if chunks > 1 else None
+
+    def walk(y, z, first, saved, launched):
+        scan_forward[(sequences * launched * blocks,)](
+            x, dt, z, y, A, B, C, *fixed, D, dt_bias, first, last, added, sums, saved, cu_seqlens, *strides(x),
+            *strides(dt), *strides(z), *B_strides, *C_strides, t, length, chunks, launched, d, blocks, per_group,
+            d // groups, n, N, lanes, STEPS, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    with on(x.device):
+        if chunks > 1:
+            walk(None, None, None, None, chunks - 1)
+            chain[(sequences * blocks,)](added, sums, A, first, chunks, blocks, per_group, d // groups, d, n, N, lanes,
+                                         False, num_warps=warps, enable_fp_fusion=True)  # fmt: skip
+        walk(y, z, None if chunks > 1 else first, saved, chunks)
+    return y, last, saved

@@ -1,0 +1,285 @@
+"""CUDA C++ kernels compile, without spills, for the GPUs people have: checked without a GPU. Launching needs one."""
+
+import importlib.util
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from anymamba.kernels import cuda_launch, cuda_scan
+from conftest import REPO
+
+KERNELS = REPO / "src" / "anymamba" / "kernels"
+ADD = 'extern "C" __global__ void add(float* x, long long n) { if (threadIdx.x < n) x[threadIdx.x] += STEP; }'
+SHARED = """#include "add.cuh"
+extern "C" __global__ void reverse(int* to, const int* from, long long n) {
+    extern __shared__ int memory[];
+    for (int i = threadIdx.x; i < n; i += blockDim.x) memory[i] = from[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = T + memory[n - 1 - i];
+}"""
+STEP = (("STEP", 2),)
+
+compiler = pytest.mark.skipif(
+    cuda_launch.compiler_missing() is not None, reason=f"no CUDA compiler: {cuda_launch.compiler_missing()}"
+)
+gpu = pytest.mark.skipif(cuda_launch.missing() is not None, reason=f"no CUDA kernels: {cuda_launch.missing()}")
+
+
+def resources(cubin, folder):
+    """{kernel: {"REG": …, "STACK": …, …}} as read by NVIDIA's cuobjdump, of which triton has a copy. Spills: STACK."""
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool or not tool.exists():
+        pytest.skip("cuobjdump comes with triton, which is not installed")
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [tool, "--dump-resource-usage", folder / "kernel.cubin"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\s*(.*)", text)
+    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------
+
+
+@compiler
+def test_a_kernel_compiles(tmp_path):
+    cubin = cuda_launch.compile(ADD, "add.cu", STEP, "sm_90")
+    assert cubin[:4] == b"\x7fELF"
+    assert resources(cubin, tmp_path)["add"]["STACK"] == 0
+
+
+@compiler
+def test_spills_are_seen(tmp_path):
+    source = """extern "C" __global__ void __launch_bounds__(1024) spill(float* x, long long n) {
+        float v[256];
+        for (int i = 0; i < 256; i++) v[i] = x[i * n];
+        for (int i = 0; i < 256; i++) x[i * n] = v[255 - i] * v[i * n % 256];
+    }"""
+    assert resources(cuda_launch.compile(source, "spill.cu", (), "sm_90"), tmp_path)["spill"]["STACK"] > 0
+
+
+@compiler
+def test_wrong_source_raises_with_the_compilers_log():
+    with pytest.raises(RuntimeError, match=r"(?s)add\.cu\(2\): error: .*STEP.*compiling add\.cu for sm_90"):
+        cuda_launch.compile("\n" + ADD, "add.cu", (), "sm_90")
+
+
+@compiler
+def test_unknown_architecture_raises():
+    with pytest.raises(RuntimeError, match="gpu-architecture"):
+        cuda_launch.compile(ADD, "add.cu", STEP, "sm_10")
+
+
+@compiler
+def test_macros_of_one_letter_and_headers():
+    """T is also a template parameter in what NVRTC includes by itself."""
+    header = ("add.cuh", "#ifndef T\n#error no T\n#endif\n")
+    assert cuda_launch.compile(SHARED, "reverse.cu", (("T", 3),), "sm_90", (header,))
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Counts compilations; the cache is a folder of the test's own."""
+    seen, real = [], cuda_launch.compile
+    monkeypatch.setattr(cuda_launch, "compile", lambda *args: seen.append(args) or real(*args))
+    monkeypatch.setenv("ANYMAMBA_CACHE", str(tmp_path / "cache"))
+    return seen
+
+
+@compiler
+def test_cache_is_found_again_by_all_that_matters(compiled, tmp_path):
+    first = cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90")
+    assert cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90") == first
+    assert len(compiled) == 1
+    assert [path.suffix for path in (tmp_path / "cache" / "cuda").iterdir()] == [".cubin"]
+    cuda_launch.compile_cached(ADD, "add.cu", (("STEP", 3),), "sm_90")
+    cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_80")
+    cuda_launch.compile_cached(ADD + " ", "add.cu", STEP, "sm_90")
+    cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90", [("add.cuh", "")])
+    assert len(compiled) == 5
+
+
+@compiler
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:]])
+def test_damaged_cache_is_compiled_again(compiled, tmp_path, damage):
+    first = cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90")
+    (path,) = (tmp_path / "cache" / "cuda").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    for _ in range(2):
+        assert cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90") == first
+    assert len(compiled) == 2
+
+
+@compiler
+def test_without_a_place_for_the_cache(compiled, monkeypatch, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ANYMAMBA_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        assert cuda_launch.compile_cached(ADD, "add.cu", STEP, "sm_90")[:4] == b"\x7fELF"
+    assert len(compiled) == 2
+    assert "(not cached: the cache folder is not writable (set ANYMAMBA_CACHE))" in capfd.readouterr().err
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------
+
+
+def test_missing_says_what_and_how_to_cure_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    reason = cuda_launch.compiler_missing.__wrapped__()
+    assert reason.startswith("cuda-bindings is not installed: pip install 'cuda-bindings==12.*' nvidia-cuda-nvrtc-cu12")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in cuda_launch.missing.__wrapped__()
+
+
+@compiler
+def test_compiler_newer_than_the_driver(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_launch, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cuda_launch, "_driver_version", lambda: (12, 8))
+    reason = cuda_launch.missing.__wrapped__()
+    assert "NVRTC is version 13.0, but the driver runs CUDA up to 12.8" in reason
+    assert "'cuda-bindings==12.*' nvidia-cuda-nvrtc-cu12" in reason
+
+
+@compiler
+@pytest.mark.parametrize("capability", [(7, 5), (99, 0)])
+def test_gpu_too_old_or_too_new(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    with pytest.raises(RuntimeError, match=f"A card is sm_{capability[0]}{capability[1]}; the kernels need sm_80"):
+        cuda_launch._arch.__wrapped__(0)
+
+
+@compiler
+def test_gpu_newer_than_the_compiler_runs_code_of_its_generation(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 7))
+    assert cuda_launch._arch.__wrapped__(0) == "sm_90"
+
+
+# ---- the package's kernels -------------------------------------------------------------------------------------
+
+UNITS = list(dict.fromkeys((file, defines) for file, _, defines in cuda_scan.configurations()))
+# every configuration for one architecture, some for the oldest and the newest
+CHECKS = [(*unit, "sm_90") for unit in UNITS] + [(*unit, arch) for unit in UNITS[::7] for arch in ("sm_80", "sm_120")]
+
+
+@compiler
+@pytest.mark.parametrize(("file", "defines", "arch"), CHECKS, ids=[f"{c[0]}-{i}-{c[2]}" for i, c in enumerate(CHECKS)])
+def test_kernels_compile_without_spills(file, defines, arch, tmp_path):
+    source, headers = cuda_launch.read(file)
+    used = resources(cuda_launch.compile(source, file, defines, arch, headers), tmp_path)
+    assert used.keys() >= {name for f, name, d in cuda_scan.configurations() if (f, d) == (file, defines)}
+    spilled = {name: u for name, u in used.items() if u["STACK"] or u["LOCAL"]}
+    assert not spilled, f"{spilled} with {dict(defines)}"
+
+
+def test_every_source_is_checked_and_in_the_wheel():
+    sources = {path.name for path in KERNELS.glob("*.cu")}
+    assert sources == {file for file, _ in UNITS}
+    wheel = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(REPO))
+    shipped = {Path(file.distribution_path).name for file in wheel.recurse_included_files()}
+    assert shipped >= sources | {path.name for path in KERNELS.glob("*.cuh")}
+
+
+# ---- launching -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch, device):
+    monkeypatch.setenv("ANYMAMBA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "add.cu").write_text(ADD)
+    (tmp_path / "add.cuh").write_text("")
+    (tmp_path / "reverse.cu").write_text(SHARED)
+    return lambda name, defines: cuda_launch.load(str(tmp_path / f"{name}.cu"), name, defines, device)
+
+
+@gpu
+def test_launch_on_torchs_stream(load, device):
+    kernel, x = load("add", STEP), torch.zeros(32, device=device)
+    assert kernel is load("add", STEP)
+    assert kernel.registers > 0
+    assert kernel.local_bytes == kernel.shared_bytes == 0
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        x += 1  # the kernel must wait for this
+        kernel.launch((1, 1, 1), 32, 0, (x.data_ptr(), 20))
+    stream.synchronize()
+    assert x.tolist() == [3] * 20 + [1] * 12
+
+
+@gpu
+def test_launch_in_a_graph(load, device):
+    kernel, x, graph = load("add", STEP), torch.zeros(32, device=device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.launch((1, 1, 1), 32, 0, (x.data_ptr(), 32))
+        kernel.launch((1, 1, 1), 32, 0, (x.data_ptr(), 16))
+    for _ in range(3):
+        graph.replay()
+    assert x.tolist() == [12] * 16 + [6] * 16
+
+
+@gpu
+def test_launch_with_much_shared_memory(load, device):
+    kernel, n = load("reverse", (("T", 5),)), 20_000
+    x, y = torch.arange(n, device=device, dtype=torch.int32), torch.zeros(n, device=device, dtype=torch.int32)
+    for _ in range(2):
+        kernel.launch((1, 1, 1), 256, 4 * n, (y.data_ptr(), x.data_ptr(), n))
+    assert torch.equal(y, x.flip(0) + 5)
+    with pytest.raises(RuntimeError, match="bytes of shared memory for reverse: CUDA_ERROR_INVALID_VALUE"):
+        kernel.launch((1, 1, 1), 256, 1 << 20, (y.data_ptr(), x.data_ptr(), n))
+
+
+@gpu
+def test_launch_that_the_driver_refuses(load, device, tmp_path):
+    kernel, x = load("add", STEP), torch.zeros(32, device=device)
+    with pytest.raises(RuntimeError, match=r"launching add: grid \(1, 1, 1\), 2048 threads.*CUDA_ERROR_INVALID_VALUE"):
+        kernel.launch((1, 1, 1), 2048, 0, (x.data_ptr(), 32))
+    with pytest.raises(RuntimeError, match="finding nothing: CUDA_ERROR_NOT_FOUND"):
+        cuda_launch.load(str(tmp_path / "add.cu"), "nothing", STEP, device)
+    kernel.launch((1, 1, 1), 32, 0, (x.data_ptr(), 32))  # and the context still works
+    assert x.tolist() == [2] * 32
+
+
+@gpu
+def test_launch_from_threads(load, device):
+    kernel, x, start = load("add", STEP), torch.zeros(8, 32, device=device), threading.Barrier(8)
+
+    def work(i):
+        start.wait()
+        for _ in range(500):
+            kernel.launch((1, 1, 1), 32, 0, (x[i].data_ptr(), 4 * i))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert x.tolist() == [[1000.0] * (4 * i) + [0.0] * (32 - 4 * i) for i in range(8)]
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_launch_on_the_other_device(load, tmp_path):
+    other = torch.device("cuda", 1)
+    x = torch.zeros(32, device=other)
+    kernel = cuda_launch.load(str(tmp_path / "add.cu"), "add", STEP, other)
+    kernel.launch((1, 1, 1), 32, 0, (x.data_ptr(), 32))
+    assert torch.cuda.current_device() == 0
+    assert x.tolist() == [2] * 32
