@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anymamba import MambaConfig, MambaLM, MambaState, ops
+from anymamba import backends as choice
 from conftest import OPTIONAL, conv_arguments, outputs_and_gradients, scan_arguments
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -327,8 +328,8 @@ def test_model_backends_agree(monkeypatch):
     m, ids = model(), tokens(2, 12)
     got = m(ids, labels=ids)
     got_gradients = gradients_of(m, got.loss)
-    monkeypatch.setattr(ops, "explain", lambda *_: ("reference", "a test asks for it"))
-    monkeypatch.setattr(ops, "_warn_once", lambda *_: None)
+    monkeypatch.setattr(choice, "_default", lambda *_: ("reference", "a test asks for it"))
+    monkeypatch.setattr(choice, "_warn_once", lambda *_: None)
     want = m(ids, labels=ids)
     assert_same(got.logits, want.logits)
     for i, j in zip(got_gradients, gradients_of(m, want.loss), strict=True):

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from anymamba import AnymambaError, explain, reference
+from anymamba import AnymambaError, backends, explain, reference
 from anymamba.kernels import numba_scan
 from anymamba.ops import add_rms_norm, causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
 from conftest import (
@@ -464,6 +464,31 @@ def test_explain():
     name, reason = explain("meta")
     assert name == "reference"
     assert "no kernel for meta" in reason
+
+
+def test_explain_where_there_is_a_gpu(monkeypatch):
+    why = {"triton": None, "cuda": None}
+    monkeypatch.setattr(backends, "_missing_triton", lambda device: why["triton"])
+    monkeypatch.setattr(backends, "_missing_cuda", lambda device: why["cuda"])
+    assert explain("cuda") == ("cuda", "CUDA C++ kernels compiled by NVRTC")
+    assert explain("cuda:1", torch.bfloat16, "causal_conv1d") == ("triton", "GPU kernels compiled by Triton")
+    assert explain("xpu") == ("triton", "GPU kernels compiled by Triton")
+    assert explain("cuda", torch.float64)[0] == "reference"
+    why["cuda"] = "no NVRTC"
+    assert explain("cuda") == ("triton", "GPU kernels compiled by Triton; not CUDA C++: no NVRTC")
+    why["triton"] = "no compiler"
+    assert explain("cuda") == explain("cuda", op="add_rms_norm") == ("reference", "no compiler")
+
+
+def test_choice_for_sizes_that_kernels_do_not_take(monkeypatch):
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(backends, "_missing_triton", lambda device: None)
+    monkeypatch.setattr(backends, "_default", lambda *_: ("cuda", "it is there"))
+    monkeypatch.setattr(backends, "_beyond", lambda name, op, n: "too large" if name == "cuda" and n > 9 else None)
+    assert [backends.choose(None, x, "selective_scan", n) for n in (9, 10)] == ["cuda", "triton"]
+    monkeypatch.setattr(backends, "_missing_triton", lambda device: "nor is Triton")
+    with pytest.warns(UserWarning, match="runs its slow reference on cuda: nor is Triton. See `anymamba doctor`"):
+        assert backends.choose(None, x, "selective_scan", 10) == "reference"
 
 
 @pytest.mark.parametrize(("op", "arguments"), [(selective_scan, scan_arguments()), (causal_conv1d, conv_arguments())])

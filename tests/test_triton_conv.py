@@ -1,5 +1,7 @@
 """The Triton convolution against the reference, on a GPU if there is one, else under Triton's interpreter."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -63,7 +65,7 @@ def test_optional_arguments(without):
 
 @pytest.mark.parametrize("w", [1, 4])
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("ends", [[0, 40], [0, 1, 3, 29, 40], [0, 0, 7, 7, 7, 40, 40], [0, *range(1, 41)]], ids=str)
+@pytest.mark.parametrize("ends", [[0, 40], [0, 1, 3, 29, 40], [0, 0, 7, 7, 7, 40, 40], [0, *range(1, 41)]], ids=len)
 def test_packed(ends, states, w):
     arguments = arguments_of(1, 40, 6, w, rows=len(ends) - 1, without=() if states else ("initial_state",))
     check_law(arguments, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
@@ -108,8 +110,10 @@ def test_transposed_and_expanded_inputs():
     assert leaf.grad == pytest.approx(float(exact.grad), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("x", torch.bfloat16), ("weight", torch.float16), ("weight", torch.float64),
-                                             ("initial_state", torch.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("x", torch.bfloat16), ("weight", torch.float16), ("weight", torch.float64), ("initial_state", torch.float32)],
+)
 def test_mixed_dtypes(name, dtype):
     arguments = arguments_of(2, 9, 6, 4, dtype=torch.bfloat16 if name == "initial_state" else torch.float32)
     arguments[name] = arguments[name].to(dtype)
@@ -224,6 +228,19 @@ def test_offsets_of_any_kind(checks):
     assert len(checks) == 5
 
 
+def test_what_the_kernels_do_not_take():
+    x = torch.ones(1, 3, 2, device=GPU_OR_CPU)
+    with pytest.raises(AnymambaError, match="backend='triton' cannot run here: it takes tensors up to 32 bits"):
+        causal_conv1d(x.double(), torch.ones_like(x[0, :2]), backend="triton")
+    wide = torch.ones(2, 17, device=GPU_OR_CPU)
+    with pytest.raises(
+        AnymambaError, match="cannot run here: its kernels take a width up to 16, and that of weight is 17"
+    ):
+        causal_conv1d(x, wide, backend="triton")
+    with pytest.warns(UserWarning, match="a width up to 16") if GPU_OR_CPU == "cuda" else contextlib.nullcontext():
+        causal_conv1d(x, wide)
+
+
 @pytest.mark.skipif(GPU_OR_CPU != "cpu", reason="about machines without a GPU")
 def test_where_there_is_no_gpu():
     name, reason = explain("cuda")
@@ -232,13 +249,11 @@ def test_where_there_is_no_gpu():
     assert explain("cuda", torch.float64)[0] == "reference"
     x = torch.ones(1, 3, 2)
     with pytest.raises(
-        AnymambaError, match="backend='cuda' cannot run here: there is no CUDA C.. kernel for causal_conv"
+        AnymambaError, match=r"backend='cuda' cannot run here: there is no CUDA C.. kernel for causal_conv1d"
     ):
         causal_conv1d(x, torch.ones(2, 2), backend="cuda")
     with pytest.raises(AnymambaError, match="backend='cuda' cannot run here: it needs an NVIDIA GPU, and x is on cpu"):
         ops.selective_scan(x, x, -torch.ones(2, 1), x[..., :1], x[..., :1], backend="cuda")
-    with pytest.raises(AnymambaError, match="backend='triton' cannot run here: it takes tensors up to 32 bits"):
-        causal_conv1d(x.double(), torch.ones(2, 2), backend="triton")
 
 
 WITHOUT_INTERPRETER = """
@@ -255,3 +270,50 @@ def test_cpu_tensors_need_the_interpreter():
     assert "backend='triton' cannot run here: it takes tensors on a GPU, and x is on cpu (with TRITON_INTERPRET=1" in (
         done.stdout
     ), done.stderr
+
+
+COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from anymamba.kernels import triton_conv, triton_norm
+
+def compiled(kernel, pointers, numbers, constants, warps):
+    signature = {n: "*bf16" for n in pointers} | {n: "i32" for n in numbers} | {n: "constexpr" for n in constants}
+    signature = {n: {"eps": "fp32", "cu_seqlens": "*i32"}.get(n, t) for n, t in signature.items()}
+    places = {n: (kernel.arg_names.index(n),) for n in signature}
+    assert set(places) == set(kernel.arg_names)
+    aligned = [*pointers, *(n for n in numbers if n in ("d", "m") or n.endswith(("_batch", "_row")))]
+    source = ASTSource(kernel, signature, {places[n]: v for n, v in constants.items()},
+                       {places[n]: [["tt.divisibility", 16]] for n in aligned})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+    return set(re.findall(r"(?:ld|st)\\.global\\.v\\d", ptx))
+
+cut = ["x_batch", "x_row", "t", "d", "tiles", "items", "sequences"]
+for w in (1, 4):
+    for packed in (False, True):
+        states = ("state", "cu_seqlens", "dfinal_state", "dstate")
+        sizes = {"w": w, "length": 32, "steps": 4, "block": 512, "silu": True, "has_bias": True, "has_state": packed}
+        given = states if packed else ()
+        absent = {} if packed else dict.fromkeys(states)
+        pointers = ["x", "y", "weight", "bias", "final_state", *given[:2]]
+        constants = sizes | {"packed": packed} | {n: None for n in absent if n in states[:2]}
+        print(compiled(triton_conv._forward, pointers, cut, constants, 4))
+        pointers = ["dy", "x", "weight", "bias", "dx", "partial", *given]
+        constants = sizes | {"packed": packed, "has_dfinal": packed} | absent
+        print(compiled(triton_conv._backward, pointers, ["dy_batch", "dy_row", *cut], constants, 4))
+sizes = {"rows": 1, "block": 1024}
+print(compiled(triton_norm._forward, ["x", "residual", "weight", "out", "total", "inverse"], ["count", "m", "eps"],
+               sizes | {"has_residual": True}, 8))
+print(compiled(triton_norm._backward, ["dy", "dtotal", "total", "inverse", "weight", "dx", "dresidual", "partial"],
+               ["count", "m"], sizes | {"has_dtotal": True, "has_dresidual": True}, 8))
+"""
+
+
+def test_compiles_for_a_gpu():
+    """The interpreter takes more of Python than the compiler does. No GPU is needed to see, nor for wide loads."""
+    done = run_python(COMPILE, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10
+    assert all("ld.global.v" in line and "st.global.v" in line for line in lines), done.stdout

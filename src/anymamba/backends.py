@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anymamba.errors import AnymambaError
+from anymamba.kernels import WIDEST
 
 BACKENDS = ("reference", "numba", "triton", "cuda")
 GPUS = ("cuda", "xpu")  # device types that Triton compiles for; torch calls AMD's "cuda" too
@@ -98,8 +99,21 @@ def _default(device_type: str, dtype: torch.dtype, op: str) -> tuple[str, str]:
     return _defaults[key]
 
 
-# to torch.compile the answer is a constant (as torch.compiler.assume_constant_result does, without its slow import)
+def _cannot(backend: str, device_type: str, dtype: torch.dtype, op: str) -> str | None:
+    """Why a backend cannot run `op` on such tensors, or None."""
+    if dtype == torch.float64 or (backend == "numba" and device_type != "cpu"):
+        place = "CPU tensors" if backend == "numba" else "tensors"
+        return f"it takes {place} up to 32 bits, and x is {dtype} on {device_type}"
+    if backend == "numba":
+        return _missing_numba()
+    if backend == "triton":
+        return _missing_triton(device_type)
+    return _missing_cuda(device_type) if op == "selective_scan" else f"there is no CUDA C++ kernel for {op}"
+
+
+# to torch.compile the answers are constants (as torch.compiler.assume_constant_result does, without its slow import)
 _default._dynamo_marked_constant = True
+_cannot._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -107,45 +121,39 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def choose(backend: str | None, x: Tensor, op: str, n: int = 1) -> str:
-    """The backend that runs `op` on x; n is the scan's d_state. Raises AnymambaError if a forced one cannot."""
+def choose(backend: str | None, x: Tensor, op: str, size: int = 1) -> str:
+    """The backend that runs `op` on x. Raises AnymambaError if a forced one cannot.
+
+    size: what kernels may have a limit for, the d_state of a scan or the width of a convolution.
+    """
     if backend is not None:
-        return _forced(backend, x, op, n)
+        return _forced(backend, x, op, size)
     device = x.device.type
     name, reason = _default(device, x.dtype, op)
-    if name == "cuda" and not _cuda_supports(n):
-        name, reason = "triton", _missing_triton(device)
-        name = "triton" if reason is None else "reference"
+    if name == "cuda" and (beyond := _beyond(name, op, size)):
+        missing = _cannot("triton", device, x.dtype, op)
+        name, reason = ("triton", beyond) if missing is None else ("reference", missing)
+    if name == "triton" and (beyond := _beyond(name, op, size)):
+        name, reason = "reference", beyond
     if name == "reference" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
         _warn_once(f"anymamba runs its slow reference on {device}: {reason}. See `anymamba doctor`.")
     return name
 
 
-def _cuda_supports(n: int) -> bool:
-    from anymamba.kernels import cuda_scan
+def _beyond(backend: str, op: str, size: int) -> str | None:
+    """Why a backend's kernels do not take a d_state or width, or None."""
+    if backend == "cuda":
+        from anymamba.kernels import cuda_scan
 
-    return cuda_scan.supports(n)
+        return None if cuda_scan.supports(size) else f"its kernels do not take d_state = {size}"
+    if backend == "triton" and op == "causal_conv1d" and size > WIDEST:
+        return f"its kernels take a width up to {WIDEST}, and that of weight is {size}"
+    return None
 
 
-def _forced(backend, x, op, n):
+def _forced(backend, x, op, size):
     if backend not in BACKENDS:
         raise AnymambaError(f"backend={backend!r} does not exist: choose one of {', '.join(BACKENDS)}, or None")
-    if backend == "reference":
-        return backend
-    device, why = x.device.type, None
-    if x.dtype == torch.float64 or (backend == "numba" and device != "cpu"):
-        place = "CPU tensors" if backend == "numba" else "tensors"
-        why = f"it takes {place} up to 32 bits, and x is {x.dtype} on {x.device}"
-    elif backend == "numba":
-        why = _missing_numba()
-    elif backend == "triton":
-        why = _missing_triton(device)
-    elif op != "selective_scan":
-        why = f"there is no CUDA C++ kernel for {op}"
-    else:
-        why = _missing_cuda(device)
-        if why is None and not _cuda_supports(n):
-            why = f"its kernels do not take d_state = {n}"
-    if why is not None:
+    if backend != "reference" and (why := _cannot(backend, x.device.type, x.dtype, op) or _beyond(backend, op, size)):
         raise AnymambaError(f"backend={backend!r} cannot run here: {why}. Use backend=None")
     return backend

@@ -75,7 +75,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, acti
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
-    backend = choose(backend, x, "causal_conv1d")
+    backend = choose(backend, x, "causal_conv1d", weight.shape[1])
     cu_seqlens = _bounds(cu_seqlens, x, backend)
     if backend == "reference":
         return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state,

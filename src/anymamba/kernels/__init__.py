@@ -1,6 +1,7 @@
 """Fast versions of the functions in `reference/`, one op a file. They import nothing of the package."""
 
 LANES = 16  # channels that a CPU kernel works on at once
+WIDEST = 16  # convolution that a GPU kernel takes: its taps are unrolled
 
 
 def chunk_length(n: int) -> int:

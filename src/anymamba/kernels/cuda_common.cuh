@@ -1,13 +1,14 @@
 // What the scan kernels share: number types, fast functions, tiles in shared memory, sums over lanes.
 //
-// A channel's state of NP = K * L numbers (N of them real) lies in L neighbouring lanes, K in each one's registers. So a
-// warp holds 32 / L channels, a block CB. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given
+// A channel's state of NP = K * L numbers (N of them real) lies in L lanes, K in each one's registers. A lane has K states
+// of M channels, which share what it reads of B and C: shared memory gives 32 numbers a clock, and would be the limit. A
+// block has CB channels. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given
 // by cuda_scan.py, one compilation for each set of them.
 
 typedef long long i64;
 
 #define NP (K * L)
-#define NT (CB * L)
+#define NT (CB * L / M)
 #define WARPS (NT / 32)
 #define V (K < 4 ? K : 4)          // states that one load brings
 #define U (T < (L > 8 ? L : 8) ? T : (L > 8 ? L : 8))  // steps whose sums over lanes are made together
@@ -62,7 +63,7 @@ __device__ __forceinline__ unsigned shared_address(const void* p) { return (unsi
 
 // Bring a tile from global memory; what lies outside `rows` and `columns` becomes 0. In the background if ASYNC.
 template <class E, int ROWS, int COLUMNS, bool ASYNC>
-__device__ __forceinline__ void load_tile(char* tile, const E* from, i64 stride, int rows, int columns) {
+__device__ __forceinline__ void load_tile(char* tile, const E* from, int stride, int rows, int columns) {
     constexpr int pitch = PITCH(COLUMNS, E);
     if (ASYNC) {
         constexpr int wide = 16 / sizeof(E), per_row = (COLUMNS + wide - 1) / wide;
@@ -71,7 +72,7 @@ __device__ __forceinline__ void load_tile(char* tile, const E* from, i64 stride,
             int i = turn * NT + threadIdx.x, r = i / per_row, c = i % per_row * wide;
             if (ROWS * per_row % NT && i >= ROWS * per_row) break;
             bool inside = r < rows && c < columns;
-            const E* source = inside ? from + r * stride + c : from;
+            const E* source = inside ? from + (i64)r * stride + c : from;
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                          :: "r"(shared_address(tile + r * pitch + c * sizeof(E))), "l"(source), "r"(inside ? 16 : 0) : "memory");
         }
@@ -79,21 +80,21 @@ __device__ __forceinline__ void load_tile(char* tile, const E* from, i64 stride,
 #pragma unroll 4
         for (int i = threadIdx.x; i < ROWS * COLUMNS; i += NT) {
             int r = i / COLUMNS, c = i % COLUMNS;
-            ((E*)(tile + r * pitch))[c] = r < rows && c < columns ? from[r * stride + c] : (E)0;
+            ((E*)(tile + r * pitch))[c] = r < rows && c < columns ? from[(i64)r * stride + c] : (E)0;
         }
     }
 }
 
 template <class E, int ROWS, int COLUMNS, bool VECTOR>
-__device__ __forceinline__ void store_tile(E* to, i64 stride, const char* tile, int rows, int columns) {
+__device__ __forceinline__ void store_tile(E* to, int stride, const char* tile, int rows, int columns) {
     constexpr int pitch = PITCH(COLUMNS, E), wide = VECTOR ? 16 / sizeof(E) : 1, per_row = COLUMNS / wide;
 #pragma unroll
     for (int turn = 0; turn < TURNS(ROWS * per_row); turn++) {
         int i = turn * NT + threadIdx.x, r = i / per_row, c = i % per_row * wide;
         if (ROWS * per_row % NT && i >= ROWS * per_row) break;
         if (r < rows && c < columns) {
-            if (VECTOR) *(uint4*)(to + r * stride + c) = *(const uint4*)(tile + r * pitch + c * sizeof(E));
-            else to[r * stride + c] = ((const E*)(tile + r * pitch))[c];
+            if (VECTOR) *(uint4*)(to + (i64)r * stride + c) = *(const uint4*)(tile + r * pitch + c * sizeof(E));
+            else to[(i64)r * stride + c] = ((const E*)(tile + r * pitch))[c];
         }
     }
 }
@@ -164,6 +165,12 @@ __device__ __forceinline__ void read_real(float (&v)[K], const float* row, int j
 __device__ __forceinline__ void write_real(float* row, const float (&v)[K], int j) {
 #pragma unroll
     for (int k = 0; k < K; k++) if (state_index(k, j) < N) row[state_index(k, j)] = v[k];
+}
+
+// the same of a constant B or C in its own type
+template <class NUMBER> __device__ __forceinline__ void read_fixed(float (&v)[K], const typename NUMBER::type* row, int j) {
+#pragma unroll
+    for (int k = 0; k < K; k++) v[k] = state_index(k, j) < N ? NUMBER::get(row[state_index(k, j)]) : 0.f;
 }
 
 // ---- sums over lanes ----

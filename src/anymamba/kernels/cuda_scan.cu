@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(ends, t, d, groups, pieces, piece);
-    const int lane = threadIdx.x % 32, j = threadIdx.x % L, c = threadIdx.x / L, channel = p.channel + c;
-    const bool real = c < p.channels;
+    const int lane = threadIdx.x % 32, j = threadIdx.x % L;
+    auto column = [&](int m) { return (int)threadIdx.x / L + m * (CB / M); };  // of the lane's channel m
     const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
 
     x += p.row * x_row + p.first * x_step + p.channel;
@@ -37,23 +37,21 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     if (!BCONST) B += p.row * B_row + p.first * B_step + p.group * B_group;
     if (!CCONST && !STATE_ONLY) C += p.row * C_row + p.first * C_step + p.group * C_group;
     y += p.token * d + p.channel;
-    saved += (p.slot * d + channel) * NP;
+    saved += (p.slot * d + p.channel) * NP;
 
-    float a[K] = {}, h[K] = {}, fixed_B[K] = {}, fixed_C[K] = {};
-    if (real) {
-        read_real(a, A + (i64)channel * N, j);
-        if (initial) read_real(h, initial + (sequence * d + channel) * N, j);
-        if (BCONST)
+    float a[M][K] = {}, h[M][K] = {}, fixed_B[M][K] = {}, fixed_C[M][K] = {}, skip[M] = {}, shift[M] = {}, steps_sum[M] = {};
 #pragma unroll
-            for (int k = 0; k < K; k++) if (state_index(k, j) < N) fixed_B[k] = BN::get(B[(i64)channel * N + state_index(k, j)]);
-        if (CCONST && !STATE_ONLY)
+    for (int m = 0; m < M; m++) if (column(m) < p.channels) {
+        const i64 channel = p.channel + column(m);
+        read_real(a[m], A + channel * N, j);
+        if (initial) read_real(h[m], initial + (sequence * d + channel) * N, j);
+        if (BCONST) read_fixed<BN>(fixed_B[m], B + channel * N, j);
+        if (CCONST && !STATE_ONLY) read_fixed<CN>(fixed_C[m], C + channel * N, j);
+        if (D) skip[m] = D[channel];
+        if (bias) shift[m] = bias[channel];
 #pragma unroll
-            for (int k = 0; k < K; k++) if (state_index(k, j) < N) fixed_C[k] = CN::get(C[(i64)channel * N + state_index(k, j)]);
+        for (int k = 0; k < K; k++) a[m][k] *= 1.44269504f;  // exp(v) = 2^(v log2 e)
     }
-#pragma unroll
-    for (int k = 0; k < K; k++) a[k] *= 1.44269504f;  // exp(v) = 2^(v log2 e)
-    const float skip = real && D ? D[channel] : 0.f, shift = real && bias ? bias[channel] : 0.f;
-    float steps_sum = 0.f;
 
     const int tiles = (p.length + T - 1) / T;
     auto fetch = [&](int tile) {  // the pointers move on to the next tile
@@ -70,14 +68,16 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         char* raw = sm.raw[tile % 3];
         const int rows = p.length - tile * T;
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            const int s = i * L + j;
-            float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift;
-            if (DT_SOFTPLUS) v = softplus(v);
-            if (s >= rows) v = 0.f;  // past the end nothing changes the state
-            sm.ready[tile & 1][c][s] = make_float2(v, v * XN::get(at<X>(raw, s, c)));
-            if (STATE_ONLY) steps_sum += v;
-        }
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const int s = i * L + j, c = column(m);
+                float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift[m];
+                if (DT_SOFTPLUS) v = softplus(v);
+                if (s >= rows) v = 0.f;  // past the end nothing changes the state
+                sm.ready[tile & 1][c][s] = make_float2(v, v * XN::get(at<X>(raw, s, c)));
+                if (STATE_ONLY) steps_sum[m] += v;
+            }
         if (!BCONST) widen<BN, T>(sm.B[tile & 1], raw + Tiles::b);
         if (!CCONST && !STATE_ONLY) widen<CN, T>(sm.C[tile & 1], raw + Tiles::c);
     };
@@ -100,45 +100,59 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         if (tile) flush(tile - 1);
         if (tile + 1 < tiles) prepare(tile + 1);
 
-        float out[OWN];
+        float out[M][OWN];
 #pragma unroll
         for (int first = 0; first < T; first += U) {
-            float sum[U], Bv[STEPS][K], Cv[STEPS][K];
-            float4 two;
-            if (SAVE && first % CHUNK == 0 && (tile * T + first) % CHUNK == 0 && tile * T + first < p.length && real)
-                write_states(saved + (i64)((tile * T + first) / CHUNK) * d * NP, h, j);
+            float sum[M][U], Bv[STEPS][K], Cv[STEPS][K];
+            float4 two[M];
+            if (SAVE && first % CHUNK == 0 && (tile * T + first) % CHUNK == 0 && tile * T + first < p.length)
+#pragma unroll
+                for (int m = 0; m < M; m++) if (column(m) < p.channels)
+                    write_states(saved + ((i64)((tile * T + first) / CHUNK) * d + column(m)) * NP, h[m], j);
 #pragma unroll
             for (int i = 0; i < U; i++) {
-                if (i % 2 == 0) two = *(const float4*)&sm.ready[tile & 1][c][first + i];
                 if (i % STEPS == 0 && !BCONST) read_matrix<T>(Bv, sm.B[tile & 1], first + i, j);
                 if (i % STEPS == 0 && !CCONST && !STATE_ONLY) read_matrix<T>(Cv, sm.C[tile & 1], first + i, j);
-                const float step = i % 2 ? two.z : two.x, in = i % 2 ? two.w : two.y;
-                sum[i] = 0.f;
 #pragma unroll
-                for (int k = 0; k < K; k++) {
-                    h[k] = fmaf(ex2(step * a[k]), h[k], in * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
-                    if (!STATE_ONLY) sum[i] = fmaf(h[k], CCONST ? fixed_C[k] : Cv[i % STEPS][k], sum[i]);
+                for (int m = 0; m < M; m++) {
+                    if (i % 2 == 0) two[m] = *(const float4*)&sm.ready[tile & 1][column(m)][first + i];
+                    const float step = i % 2 ? two[m].z : two[m].x, in = i % 2 ? two[m].w : two[m].y;
+                    sum[m][i] = 0.f;
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        h[m][k] = fmaf(ex2(step * a[m][k]), h[m][k], in * (BCONST ? fixed_B[m][k] : Bv[i % STEPS][k]));
+                        if (!STATE_ONLY) sum[m][i] = fmaf(h[m][k], CCONST ? fixed_C[m][k] : Cv[i % STEPS][k], sum[m][i]);
+                    }
                 }
             }
             if (STATE_ONLY) continue;
-            sum_lanes<U, log2_of(L), 1>(sum, lane);
 #pragma unroll
-            for (int i = 0; i < U / L; i++) out[first / L + i] = sum[i];
+            for (int m = 0; m < M; m++) {
+                sum_lanes<U, log2_of(L), 1>(sum[m], lane);
+#pragma unroll
+                for (int i = 0; i < U / L; i++) out[m][first / L + i] = sum[m][i];
+            }
         }
         if (STATE_ONLY) continue;
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            const int s = i * L + j;
-            float v = fmaf(skip, XN::get(at<X>(raw, s, c)), out[i]);
-            if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); v *= gate * sigmoid(gate); }
-            at<X>(sm.y[tile & 1], s, c) = XN::put(v);
-        }
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const int s = i * L + j, c = column(m);
+                float v = fmaf(skip[m], XN::get(at<X>(raw, s, c)), out[m][i]);
+                if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); v *= gate * sigmoid(gate); }
+                at<X>(sm.y[tile & 1], s, c) = XN::put(v);
+            }
     }
     if (tiles) { __syncthreads(); flush(tiles - 1); }
-    if (real) write_real(final_state + (sequence * d + channel) * N, h, j);
-    if (STATE_ONLY) {
 #pragma unroll
-        for (int mask = 1; mask < L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
-        if (real && j == 0) total_step[sequence * d + channel] = steps_sum;
+    for (int m = 0; m < M; m++) {
+        const i64 place = sequence * d + p.channel + column(m);
+        if (column(m) < p.channels) write_real(final_state + place * N, h[m], j);
+        if (STATE_ONLY) {
+#pragma unroll
+            for (int mask = 1; mask < L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
+            if (column(m) < p.channels && j == 0) total_step[place] = steps_sum[m];
+        }
     }
 }

@@ -3,6 +3,8 @@
 Here is what the host does: choose how the states are spread over lanes, allocate, launch, add up the partial sums.
 """
 
+import functools
+
 import torch
 
 from anymamba.kernels.cuda_launch import load, missing
@@ -10,8 +12,8 @@ from anymamba.kernels.cuda_launch import load, missing
 __all__ = ["missing", "saved_shape", "selective_scan", "selective_scan_backward", "supports"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WIDEST = 128  # largest d_state
-LANES = 65_536  # that fill a large GPU
+WIDEST = 64  # largest d_state; beyond, B and C of a chunk do not fit the shared memory of smaller GPUs
+LANES = 98_304  # of 4 states each: enough to fill a large GPU
 
 
 def supports(n: int) -> bool:
@@ -28,7 +30,7 @@ def padded(n: int) -> int:
 
 def chunk_length(n: int) -> int:
     """Steps between the states that are saved for backward: at most 8 bytes a channel and step."""
-    return 16 * min(4, max(1, padded(n) // 16))
+    return 16 if n <= 16 else 32
 
 
 def saved_shape(x_shape, A_shape, groups, sequences):
@@ -38,22 +40,39 @@ def saved_shape(x_shape, A_shape, groups, sequences):
 
 
 def forward_plan(sequences: int, d: int, n: int) -> dict:
-    """States a lane (K), lanes a channel (L), channels and steps of a tile (CB, T), blocks a multiprocessor."""
-    K = min(4 if n <= 32 else 8, padded(n))
-    L = padded(n) // K
-    return {"K": K, "L": L, "CB": 128 // L, "T": 16, "BLOCKS": 4 if K <= 4 else 3}
+    """How forward spreads the states: K states a lane, L lanes a channel, M channels a lane, tiles of CB channels and T
+    steps, BLOCKS of them a multiprocessor. See `docs/decisions.md` for what was measured."""
+    size = padded(n)
+    if 16 <= size <= 32 and _few(sequences, d, n) and sequences * d * size >= LANES // 3 * 2:
+        return {"K": 2, "L": size // 2, "M": 1, "CB": 256 // size, "T": 32, "BLOCKS": 4}
+    K = min(8, size)
+    L = size // K
+    M = 2 if L >= 8 else 1
+    return {"K": K, "L": L, "M": M, "CB": 128 * M // L, "T": 16, "BLOCKS": 4 - M}
 
 
 def backward_plan(sequences: int, d: int, n: int) -> dict:
-    K = min(4 if n <= 32 else 8, padded(n))
-    L = padded(n) // K
-    return {"K": K, "L": L, "CB": 128 // L, "T": 16 if K <= 4 else 8, "BLOCKS": 4 if K <= 4 else 2}
+    """As `forward_plan`; KEEP: whether the walk back finds the decays of the walk forward in registers."""
+    size = padded(n)
+    K = min(4 if size <= 32 else 8, size)
+    L = size // K
+    if K == 8:
+        return {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": 8, "BLOCKS": 2, "KEEP": 1}
+    if sequences * d * L < 1000 * 128:  # few blocks: they run at once, each with many registers
+        return {"K": K, "L": L, "M": 1, "CB": 256 // L, "T": 16, "BLOCKS": 1, "KEEP": 1}
+    return {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": 16, "BLOCKS": 3, "KEEP": 0}
 
 
-def pieces(sequences: int, t: int, d: int, n: int, packed: bool) -> tuple[int, int]:
+def _few(sequences, d, n):
+    """Whether there are too few states for one lane to have many."""
+    return sequences * d * padded(n) < 2 * LANES
+
+
+def pieces(sequences: int, t: int, d: int, n: int, backward: bool) -> tuple[int, int]:
     """Into how many pieces of how many steps each sequence is cut, so that they fill the chip."""
-    lanes = max(1, sequences * d * max(1, padded(n) // 4))
-    wanted = 1 if packed else min(LANES // lanes, t // 256)
+    if not _few(sequences, d, n) or (not backward and forward_plan(sequences, d, n)["K"] == 2):
+        return 1, t
+    wanted = min(4 * LANES // max(1, sequences * d * padded(n)), t // 256)
     if wanted < 2:
         return 1, t
     step = -(-t // (64 * wanted)) * 64
@@ -81,9 +100,9 @@ def _forward_bytes(p, x, matrices, activations):
     return ring + 2 * CB * (T + 2) * 8 + 2 * _matrices(p, T, matrices) + 32
 
 
-def _backward_bytes(p, chunk, x, matrices, activations):
+def _backward_bytes(p, x, matrices, activations):
     """Of `struct Shared` of cuda_scan_backward.cu."""
-    K, L, T, CB = p["K"], p["L"], p["T"], p["CB"]
+    K, L, T, CB, chunk = p["K"], p["L"], p["T"], p["CB"], chunk_length(matrices[0].shape[-1])
     width = sum(K * L for v in matrices if v.dim() == 4)
     tensor = x.dtype != torch.float32 and width and K > 1 and L <= 8
     rows = CB * L // 32 * (8 // L if tensor else 1)
@@ -143,14 +162,21 @@ def _wide_matrix(*matrices):
     return 1
 
 
+@functools.cache
+def _shared_limit(device):
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, x, A, B, C, z, dt_softplus, cu_seqlens):
+    def __init__(self, x, A, B, C, z, dt_softplus, cu_seqlens, backward):
         (self.b, self.t, self.d), self.n, self.x = x.shape, A.shape[1], x
         self.sequences = self.b if cu_seqlens is None else cu_seqlens.numel() - 1
         self.groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
-        self.pieces, self.step = pieces(self.sequences, self.t, self.d, self.n, cu_seqlens is not None)
+        self.pieces, self.step = 1, self.t
+        if cu_seqlens is None:
+            self.pieces, self.step = pieces(self.b, self.t, self.d, self.n, backward)
         self.defines = {
             "XTYPE": TYPES[x.dtype], "BTYPE": TYPES[B.dtype], "CTYPE": TYPES[C.dtype], "N": self.n,
             "CHUNK": chunk_length(self.n), "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
@@ -158,15 +184,21 @@ class _Call:
             "PACKED": 0 if cu_seqlens is None else cu_seqlens.element_size(), "WIDE_BC": _wide_matrix(B, C),
         }  # fmt: skip
 
+    def fit(self, plan, size, *args):
+        """The plan, with fewer channels a block if this device has not enough shared memory, and its size in bytes."""
+        limit = _shared_limit(self.x.device)
+        while (shared := size(plan, *args)) > limit and plan["CB"] * plan["L"] // plan["M"] > 32:
+            plan = plan | {"CB": plan["CB"] // 2, "BLOCKS": 2 * plan["BLOCKS"]}
+        return plan, shared
+
     def blocks(self, plan):
         """Of channels in a group."""
         return -(-(self.d // self.groups) // plan["CB"])
 
-    def launch(self, file, name, plan, shared, args, pieces=None, **defines):
+    def launch(self, file, name, plan, shared, args, **defines):
         kernel = load(file, name, tuple((self.defines | plan | defines | {"SHARED": shared}).items()), self.x.device)
         count = self.groups * self.blocks(plan) * self.sequences * self.pieces
-        kernel.launch((count, 1, 1), plan["CB"] * plan["L"], shared, args)
-        return kernel
+        kernel.launch((count, 1, 1), plan["CB"] * plan["L"] // plan["M"], shared, args)
 
     def chain(self, plan, own, total, A, first, backward):
         """What each piece begins with."""
@@ -189,15 +221,14 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     """y (b,t,d), final_state (s,d,n) and, to `save` for backward, states along the way. See `ops.selective_scan`."""
     x, dt, z, B, C, A = _rows(x), _rows(dt), _rows(z), _matrix(B), _matrix(C), A.contiguous()
     D, dt_bias, initial_state = _float(D), _float(dt_bias), _float(initial_state)
-    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, False)
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences
     y = torch.empty((b, t, d), dtype=x.dtype, device=x.device)
     saved = call.empty(*saved_shape(x.shape, A.shape, call.groups, s)) if save else call.empty(0)
     final = call.empty(s, call.pieces, d, n)
     if final.numel() == 0:
         return y, final.view(s, d, n), saved
-    plan = forward_plan(s * call.pieces, d, n)
-    shared = _forward_bytes(plan, x, (B, C), 2 if z is None else 3)
+    plan, shared = call.fit(forward_plan(s * call.pieces, d, n), _forward_bytes, x, (B, C), 2 if z is None else 3)
     wide = _wide(d // call.groups, x, dt, z, y)
 
     def run(starts, y, final, saved, total):
@@ -225,9 +256,9 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     like_B, like_C, like_D, like_bias = B, C, D, dt_bias
     x, dt, z, dy, B, C, A = _rows(x), _rows(dt), _rows(z), _rows(dy), _matrix(B), _matrix(C), A.contiguous()
     D, dt_bias, dfinal_state = _float(D), _float(dt_bias), _float(dfinal_state)
-    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, True)
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences * call.pieces
-    plan = backward_plan(s, d, n)
+    plan, shared = call.fit(backward_plan(s, d, n), _backward_bytes, x, (B, C), 3 if z is None else 4)
     dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
     dA, dinitial, dD, dbias = call.empty(s, d, n), call.empty(s, d, n), call.empty(s, d), call.empty(s, d)
@@ -238,7 +269,6 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
         wide = _wide(d // call.groups, x, dt, z, dy, dx)
         if call.pieces > 1:
             dfinal_state = _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide)
-        shared = _backward_bytes(plan, chunk_length(n), x, (B, C), 3 if z is None else 4)
         call.launch(
             "cuda_scan_backward.cu", "scan_backward", plan, shared,
             (*_strided(x), *_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(B),
@@ -261,9 +291,10 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
 def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
     """The gradient of the state after each piece."""
     plan = forward_plan(call.sequences * call.pieces, call.d, call.n)
+    plan, shared = call.fit(plan, _forward_bytes, dt, (C,), 2 if z is None else 3)
     own, total = call.empty(call.b, call.pieces, call.d, call.n), call.empty(call.b, call.pieces, call.d)
     call.launch(
-        "cuda_scan_pieces.cu", "scan_gradients", plan, _forward_bytes(plan, dt, (C,), 2 if z is None else 3),
+        "cuda_scan_pieces.cu", "scan_gradients", plan, shared,
         (*_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(C), _at(dt_bias), _at(own), _at(total),
          call.t, call.d, call.groups, call.pieces, call.step),
         WIDE=wide,

@@ -100,6 +100,21 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         commit();
     };
 
+    // Sum of K products over the warp's channels of one step, as column s % 8 of a matrix; for 8 steps one matrix.
+    auto tensor_add = [&](auto& matrix, const auto& over, int s, bool first, bool last, int place) {
+#pragma unroll
+        for (int m = 0; m < K / 2; m++) {
+            if (first) matrix[m][0] = matrix[m][1] = matrix[m][2] = matrix[m][3] = 0.f;
+            tensor_sum(matrix[m], rounded(over[2 * m]), rounded(over[2 * m + 1]), lane / 4 == s % 8 ? 1.f : 0.f);
+            if (last) {
+                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * T + s / 8 * 8 + lane % 4 * 2) * SPACE + place;
+                to[state_index(2 * m, j)] = matrix[m][0];
+                to[state_index(2 * m + 1, j)] = matrix[m][2];
+                to[state_index(2 * m, j) + SPACE] = matrix[m][1];
+                to[state_index(2 * m + 1, j) + SPACE] = matrix[m][3];
+            }
+        }
+    };
     auto prepare = [&](int chunk) {
         char* raw = sm.raw[chunk & 1];
         const int rows = p.length - chunk * CHUNK;
@@ -175,21 +190,30 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
             } else if (PARTS > 1 && real) {
                 read_states(start, saved + (i64)chunk * d * NP, j);  // again: h0 now belongs to the chunk before
             }
-            float h[T][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
+            float h[T][K], decays[KEEP ? T : 1][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
+            float tensor[TENSOR ? K / 2 : 1][4];
 #pragma unroll
             for (int first = 0; first < T; first += U) {
                 float sum[U];
 #pragma unroll
                 for (int i = 0; i < U; i++) {
                     const int s = first + i;
-                    const float2 q = *(const float2*)&sm.ready[c][part * T + s];
+                    const float4 q = sm.ready[c][part * T + s];
                     if (s % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + s, j);
                     if (s % STEPS == 0 && !CCONST && HAS_Z) read_matrix<CHUNK>(Cv, sm.C, part * T + s, j);
                     sum[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        h[s][k] = fmaf(ex2(q.x * a[k]), s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
+                        const float decay = ex2(q.x * a[k]);
+                        if (KEEP) decays[s][k] = decay;
+                        h[s][k] = fmaf(decay, s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
+                    }
+                    if constexpr (TENSOR && !CCONST) {
+                        float over[K];
+#pragma unroll
+                        for (int k = 0; k < K; k++) over[k] = q.z * h[s][k];
+                        tensor_add(tensor, over, s, s % 8 == 0, s % 8 == 7, AT_C);
                     }
                 }
                 if (HAS_Z) {
@@ -198,7 +222,6 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     for (int i = 0; i < (U + L - 1) / L; i++) out[first / L + i] = sum[i];
                 }
             }
-            float tensor[TENSOR ? SUMS / 2 : 1][4];
 #pragma unroll
             for (int first = T - U; first >= 0; first -= U) {
                 float through_a[U], through_b[U];
@@ -206,38 +229,24 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 for (int i = U - 1; i >= 0; i--) {
                     const int s = first + i;
                     const float4 q = sm.ready[c][part * T + s];
-                    float over[SUMS ? SUMS : 1];
+                    float over[TENSOR ? K : SUMS ? SUMS : 1];
                     if (s % STEPS == STEPS - 1 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + s - STEPS + 1, j);
                     if (s % STEPS == STEPS - 1 && !CCONST) read_matrix<CHUNK>(Cv, sm.C, part * T + s - STEPS + 1, j);
                     through_a[i] = through_b[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         const float gh = fmaf(q.z, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]);  // of the state after this step
-                        g[k] = gh * ex2(q.x * a[k]);
+                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : ex2(q.x * a[k]));
                         const float decay = g[k] * (s ? h[s ? s - 1 : 0][k] : start[k]);
                         dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
                         through_a[i] = fmaf(decay, a[k], through_a[i]);
                         through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
                         if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[k] = gh * q.y;
-                        if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else over[SUMS - K + k] = q.z * h[s][k];
+                        if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[SUMS - K + k] = q.z * h[s][k];
                     }
-                    // dB and dC: over the channels of the warp
-                    if constexpr (TENSOR) {
-                        // column s % 8 of the result: for 8 steps one accumulator
-#pragma unroll
-                        for (int m = 0; m < SUMS / 2; m++) {
-                            if (i % 8 == 7) tensor[m][0] = tensor[m][1] = tensor[m][2] = tensor[m][3] = 0.f;
-                            tensor_sum(tensor[m], rounded(over[2 * m]), rounded(over[2 * m + 1]), lane / 4 == i % 8 ? 1.f : 0.f);
-                            if (i % 8 == 0) {
-                                const int k = 2 * m % K, pad = 2 * m < K ? 0 : AT_C;
-                                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * T + s + lane % 4 * 2) * SPACE + pad;
-                                to[state_index(k, j)] = tensor[m][0];
-                                to[state_index(k + 1, j)] = tensor[m][2];
-                                to[state_index(k, j) + SPACE] = tensor[m][1];
-                                to[state_index(k + 1, j) + SPACE] = tensor[m][3];
-                            }
-                        }
-                    } else if constexpr (SUMS) {
+                    // dB, and dC if that is not done above: over the channels of the warp
+                    if constexpr (TENSOR && !BCONST) tensor_add(tensor, over, s, s % 8 == 7, s % 8 == 0, 0);
+                    if constexpr (!TENSOR && SUMS) {
                         sum_lanes<SUMS, log2_of(CHANNELS), L>(over, lane);
                         const int share = lane / L % SHARE;
                         float* to = sm.sums + (warp * T + s) * SPACE;

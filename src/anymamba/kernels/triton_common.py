@@ -1,14 +1,15 @@
 """What the Triton scans share: step sizes, tiles of the state, and the cut of time into chunks that run side by side.
 
 The state of a block of channels is a tile [N, lanes], N = n rounded up to a power of two, held in registers with one
-channel a thread. Triton gives it the layout of the arrays that it is loaded from and stored to inside the walk over
-time, so these have the channels innermost, and pointers to them are not specialized on alignment: else a thread would
-get several channels and a part of n, and every step would pass values between threads.
+channel a thread. Triton gives it the layout that suits the loads and stores of it, so whatever has the size of a state
+is kept as dense tiles, and pointers to them are not specialized on alignment: else a thread would get several channels
+and a part of n, and every step would pass values between threads.
 """
 
 import contextlib
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -43,7 +44,7 @@ def channels(block, per_group, width, LANES: tl.constexpr):
     group = block // per_group
     place = group * width + block % per_group * LANES + tl.arange(0, LANES)
     end = (group + 1) * width
-    return group, place, tl.minimum(place, end - 1), place < end
+    return group, tl.minimum(place, end - 1), place < end
 
 
 @triton.jit
@@ -61,42 +62,41 @@ def span(bounds, s, chunk, t, length, KEEP: tl.constexpr):
 
 
 @triton.jit
-def column(p, j, n: tl.constexpr):
-    """A row of B or C as a column [N, 1]."""
-    return tl.load(p + j, mask=j < n, other=0.0).to(tl.float32)[:, None]
+def column(fixed, p, j, n: tl.constexpr, VARIES: tl.constexpr):
+    """B or C at a step: that row as [N, 1], or if it does not vary in time the tile."""
+    if VARIES:
+        return tl.load(p + j, mask=j < n, other=0.0)[:, None]
+    else:
+        return fixed
 
 
 @triton.jit
-def chain(local, sums, A, first, chunks, blocks, per_group, width, d, n: tl.constexpr, N: tl.constexpr,
-          LANES: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """Turns what each chunk adds to the state (s,chunks,blocks,N,lanes) into the state that comes into the chunk.
+def chain(added, sums, A, first, chunks, blocks, N: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr):
+    """Turns what each chunk adds to the state, tiles (s,chunks,blocks), into the state that comes into the chunk.
 
-    sums (s,chunks,blocks,lanes): a chunk's total step size. BACK: from the last chunk to the first, for gradients.
+    first: tiles (s,blocks). sums (s,chunks,blocks,lanes): a chunk's total step size. BACK: from the last chunk to the
+    first, for gradients. What the last of the walk adds goes nowhere, and need not be there.
     """
     block = tl.program_id(0) % blocks
     s = (tl.program_id(0) // blocks).to(tl.int64)
-    group, place, channel, inside = channels(block, per_group, width, LANES)
-    j, lane = tl.arange(0, N), tl.arange(0, LANES)
-    ours = (j < n)[:, None] & inside[None, :]
-    a = tl.load(A + j[:, None] * d + place[None, :], mask=ours, other=0.0) * LOG2E
+    lane = tl.arange(0, LANES)
+    dense = tl.arange(0, N)[:, None] * LANES + lane[None, :]
+    a = tl.load(A + block * N * LANES + dense)
     h = tl.zeros([N, LANES], tl.float32)
     if first is not None:
-        h = tl.load(first + s * n * d + j[:, None] * d + place[None, :], mask=ours, other=0.0)
+        h = tl.load(first + (s * blocks + block) * N * LANES + dense)
     for start in range(0, chunks, 4):
-        added, total = (), ()
+        more, total = (), ()
         for i in tl.static_range(4):  # all loads first: each would wait for the one before
-            k = chunks - 1 - start - i if BACK else start + i
-            at = (s * chunks + k) * blocks + block
-            there = lane * 0 + (start + i) < chunks - 1  # what the last adds goes nowhere
-            tile = local + at * N * LANES + j[:, None] * LANES + lane[None, :]
-            added += (tl.load(tile, mask=there[None, :], other=0.0),)
+            at = (s * chunks + (chunks - 1 - start - i if BACK else start + i)) * blocks + block
+            there = lane * 0 + (start + i) < chunks - 1
+            more += (tl.load(added + at * N * LANES + dense, mask=there[None, :], other=0.0),)
             total += (tl.load(sums + at * LANES + lane, mask=there, other=0.0),)
         for i in tl.static_range(4):
-            k = chunks - 1 - start - i if BACK else start + i
-            at = (s * chunks + k) * blocks + block
+            at = (s * chunks + (chunks - 1 - start - i if BACK else start + i)) * blocks + block
             there = lane * 0 + (start + i) < chunks
-            tl.store(local + at * N * LANES + j[:, None] * LANES + lane[None, :], h, mask=there[None, :])
-            h = tl.exp2(a * total[i][None, :]) * h + added[i]
+            tl.store(added + at * N * LANES + dense, h, mask=there[None, :])
+            h = tl.exp2(a * total[i][None, :]) * h + more[i]
 
 
 # ---- launches --------------------------------------------------------------------------------------------------
@@ -113,20 +113,30 @@ def unit(v):
     return v if v is None or v.stride(-1) == 1 else v.contiguous()
 
 
-def across(v):
-    """(…,d,n) → dense float32 (…,n,d), the order that tiles are loaded in."""
-    return None if v is None else v.float().transpose(-1, -2).contiguous()
+def tiles(v, groups, N, lanes):
+    """(…,d,n) → tiles (…,blocks,N,lanes) in float32."""
+    if v is None:
+        return None
+    v = v.float().unflatten(-2, (groups, -1))
+    more = -v.shape[-2] % lanes, N - v.shape[-1]
+    v = F.pad(v, (0, more[1], 0, more[0])) if any(more) else v
+    return v.flatten(-3, -2).unflatten(-2, (-1, lanes)).transpose(-1, -2).contiguous()
 
 
-def shared(v):
-    """B or C as the kernels read it, and its strides (b, t, g), 0 where it has no such axis.
+def rates(A, groups, N, lanes):
+    """A as tiles, times log₂e: the kernels' exponentials are of base 2."""
+    return tiles(A * LOG2E.value, groups, N, lanes)
+
+
+def shared(v, groups, N, lanes):
+    """B or C as the kernels read it: its strides (b, t, g), and tiles if it does not vary in time.
 
     In float32: it is read by every channel, and each thread would convert it again.
     """
     if v.dim() == 2:
-        return across(v), (0, 0, 0)
+        return v, (0, 0, 0), tiles(v, groups, N, lanes)
     v = unit(v.float())
-    return v, (v.stride(0), v.stride(1), v.stride(2) if v.dim() == 4 else 0)
+    return v, (v.stride(0), v.stride(1), v.stride(2) if v.dim() == 4 else 0), None
 
 
 def strides(v):
@@ -147,7 +157,7 @@ def tile(n, elements):
 
 def cut(programs, t, n, wanted, cu_seqlens):
     """(chunks, steps of one): time is cut where too few programs would run at a time."""
-    if cu_seqlens is not None or programs * 2 > wanted:
+    if cu_seqlens is not None or not 0 < programs * 2 <= wanted:
         return 1, t
     keep = keep_every(n)
     length = max(-(-t // -(-wanted // programs)), SHORTEST, 4 * n)

@@ -20,7 +20,7 @@ CHANNELS = 4  # that a thread works on: 8 bytes of bf16, and few enough register
 @triton.jit
 def _sequence_of(cu_seqlens, sequences, row):
     """The sequence that holds a row: the last that starts at or before it."""
-    low, high = 0, sequences
+    low, high = row * 0, row * 0 + sequences
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(cu_seqlens + middle).to(tl.int32) <= row:
@@ -28,6 +28,12 @@ def _sequence_of(cu_seqlens, sequences, row):
         else:
             high = middle
     return low
+
+
+@triton.jit
+def _inside(columns, d, row_is):
+    """Mask of the block's channels, if the row is one to touch."""
+    return columns < tl.where(row_is, d, 0)
 
 
 @triton.jit
@@ -50,10 +56,10 @@ def _bias(bias, columns, d, has_bias: tl.constexpr):
 @triton.jit
 def _input(x, x_row, row, start, state, sequence, columns, d, w: tl.constexpr, has_state: tl.constexpr):
     """Row of x as float32; one before the sequence's start comes from its state (d,w-1), or is zero."""
-    v = tl.load(x + row.to(tl.int64) * x_row + columns, mask=(columns < d) & (row >= start), other=0)
+    v = tl.load(x + row.to(tl.int64) * x_row + columns, mask=_inside(columns, d, row >= start), other=0)
     if has_state:
         place = state + sequence * d * (w - 1) + (row - start + w - 1)
-        old = tl.load(place + columns.to(tl.int64) * (w - 1), mask=(columns < d) & (row < start), other=0)
+        old = tl.load(place + columns.to(tl.int64) * (w - 1), mask=_inside(columns, d, row < start), other=0)
         v = tl.where(row >= start, v, old.to(v.dtype))
     return v.to(tl.float32)
 
@@ -73,7 +79,7 @@ def _rows(x, x_row, row, end, columns, d, steps: tl.constexpr):
     rows = ()
     for i in tl.static_range(steps):
         place = x + (row + i).to(tl.int64) * x_row + columns
-        rows += (tl.load(place, mask=(columns < d) & (row + i < end), other=0),)
+        rows += (tl.load(place, mask=_inside(columns, d, row + i < end), other=0),)
     return rows
 
 
@@ -130,7 +136,7 @@ def _walk(x, x_row, y, row, stop, start, state, sequence, taps, bias, columns, d
             if silu:
                 v = _silu(v)
             place = y + (row + i).to(tl.int64) * d + columns
-            tl.store(place, v.to(y.dtype.element_ty), mask=(columns < d) & (row + i < stop))
+            tl.store(place, v.to(y.dtype.element_ty), mask=_inside(columns, d, row + i < stop))
         past = window[steps:]
         row += steps
 
@@ -181,7 +187,7 @@ def _through_state(v, dfinal_state, place, sequence, columns, d, w: tl.constexpr
     """v and the gradient that the input in this place of the final state has by being there."""
     if has_dfinal:
         at = dfinal_state + sequence * d * (w - 1) + place + columns.to(tl.int64) * (w - 1)
-        v += tl.load(at, mask=(columns < d) & (place >= 0), other=0).to(tl.float32)
+        v += tl.load(at, mask=_inside(columns, d, (place >= 0) & (place < w - 1)), other=0).to(tl.float32)
     return v
 
 
@@ -209,7 +215,7 @@ def _walk_back(x, x_row, dy, dy_row, dx, row, stop, start, end, state, dfinal_st
                 out += taps[k] * recent[i + w - 1 - k]
             done = row + i - late
             out = _through_state(out, dfinal_state, done - end + late, sequence, columns, d, w, has_dfinal)
-            mask = (columns < d) & (done >= first) & (done < stop)
+            mask = _inside(columns, d, (done >= first) & (done < stop))
             tl.store(dx + done.to(tl.int64) * d + columns, out.to(dx.dtype.element_ty), mask=mask)
             mine = tl.where(row + i < stop, g, 0)  # the rows after are those of the next program
             shares = ()
@@ -296,16 +302,17 @@ def _unit(v):
     return v if v.stride(2) == 1 else v.contiguous()
 
 
-def _cut(b, t, d, w, longest, enough):
+def _cut(b, t, d, w, longest, steps, enough):
     """(rows of a program, rows at a step, channels of a program, warps): few rows if there are too few programs."""
+    channels = CHANNELS
+    if w > 8:  # or the registers would not suffice
+        channels = steps = 1
     block = next((n for n in (512, 256) if d % n == 0), 128)
-    block = min(block, triton.next_power_of_2(d))
-    steps = min(4 if w <= 8 else 1, triton.next_power_of_2(max(t, 1)))
-    length = longest
-    while length > 4 * steps and b * triton.cdiv(t, length) * triton.cdiv(d, block) < enough:
-        length //= 2
-    channels = CHANNELS if w <= 8 else 1
-    return length, steps, block, max(1, min(8, block // (32 * channels)))
+    block = min(block, triton.next_power_of_2(max(d, 1)))
+    steps = min(steps, triton.next_power_of_2(max(t, 1)))
+    while longest > 16 and b * triton.cdiv(t, longest) * triton.cdiv(d, block) < enough:
+        longest //= 2
+    return longest, steps, block, max(1, min(8, block // (32 * channels)))
 
 
 def causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens):
@@ -315,7 +322,7 @@ def causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens):
     x = _unit(x)
     weight, bias, initial_state = dense(weight, bias, initial_state)
     y, final_state = x.new_empty(b, t, d), x.new_empty(sequences, d, w - 1)
-    length, steps, block, warps = _cut(b, t, d, w, 32, 2048)
+    length, steps, block, warps = _cut(b, t, d, w, 32, 4, 2048)
     tiles = triton.cdiv(t, length)
     programs = (b * tiles + sequences) * triton.cdiv(d, block)
     if programs:
@@ -336,7 +343,7 @@ def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_stat
     dfinal_state, weight, bias, initial_state = dense(dfinal_state, weight, bias, initial_state)
     dx, dweight = x.new_empty(b, t, d), torch.empty_like(weight)
     dbias, dinitial = (None if v is None else torch.empty_like(v) for v in (bias, initial_state))
-    length, steps, block, warps = _cut(b, t, d, w, 128, 512)
+    length, steps, block, warps = _cut(b, t, d, w, 128, 8 // x.element_size(), 512)
     tiles = triton.cdiv(t, length)
     partial = torch.empty(b * tiles, w + 1, d, dtype=torch.float32, device=x.device)
     blocks, has_state = triton.cdiv(d, block), initial_state is not None

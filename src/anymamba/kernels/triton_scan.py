@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 
 from anymamba.kernels.triton_common import (
-    LOG2E,
-    across,
     chain,
     channels,
     column,
     cut,
     keep_every,
     on,
+    rates,
     shared,
     sigmoid,
     softplus,
     span,
     strides,
     tile,
+    tiles,
     unit,
 )
 
@@ -58,28 +58,27 @@ def _step(h, a, dt, x, z, b, c, dt_bias, D, SOFTPLUS: tl.constexpr, GATE: tl.con
 
 @triton.jit(
     do_not_specialize=["t", "length", "chunks", "launched", "blocks", "per_group", "width"],
-    do_not_specialize_on_alignment=["A", "B_fixed", "C_fixed", "first", "added", "saved"],
+    do_not_specialize_on_alignment=["A", "B_fixed", "C_fixed", "added", "saved"],
 )
-def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last, added, sums, saved, bounds,
+def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums, last, saved, bounds,
                  x_b, x_t, dt_b, dt_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g,
                  t, length, chunks, launched, d, blocks, per_group, width,
                  n: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, KEEP: tl.constexpr,
                  SOFTPLUS: tl.constexpr):  # fmt: skip
-    """Outputs, the last state and, if wanted, one state in KEEP. Without y: what the chunk adds to the state, and Σ Δ.
+    """Outputs, the last state (s,d,n) and, if wanted, one state in KEEP.
 
-    first, last (s,n,d), (s,d,n), or with several chunks first = added (s,chunks,blocks,N,lanes), by `chain`.
+    added: the state that a chunk begins with, tiles (s,chunks,blocks). Without y: takes there what the chunk adds to
+    the state, and to sums its Σ Δ.
     """
     OUT: tl.constexpr = y is not None
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks % launched
     s = (tl.program_id(0) // blocks // launched).to(tl.int64)
-    group, place, channel, inside = channels(block, per_group, width, LANES)
+    group, channel, inside = channels(block, per_group, width, LANES)
     row, start, count, slot = span(bounds, s, chunk, t, length, KEEP)
     j, lane = tl.arange(0, N), tl.arange(0, LANES)
-    across_d = j[:, None] * d + place[None, :]
     dense = j[:, None] * LANES + lane[None, :]
-    ours = (j < n)[:, None] & inside[None, :]
-    a = tl.load(A + across_d, mask=ours, other=0.0) * LOG2E
+    a = tl.load(A + block * N * LANES + dense)
 
     x += row * x_b + start * x_t
     dt += row * dt_b + start * dt_t
@@ -89,20 +88,14 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last
         y += (row * t + start) * d
     bias = tl.load(dt_bias + channel).to(tl.float32) if dt_bias is not None else 0.0
     skip = tl.load(D + channel).to(tl.float32) if D is not None else 0.0
-    if B_fixed is not None:
-        b = tl.load(B_fixed + across_d, mask=ours, other=0.0)
-    else:
-        B += row * B_b + start * B_t + group * B_g
-    if C_fixed is not None:
-        c = tl.load(C_fixed + across_d, mask=ours, other=0.0)
-    elif OUT:
-        C += row * C_b + start * C_t + group * C_g
+    B += row * B_b + start * B_t + group * B_g
+    C += row * C_b + start * C_t + group * C_g
+    B_tile = tl.load(B_fixed + block * N * LANES + dense) if B_fixed is not None else a
+    C_tile = tl.load(C_fixed + block * N * LANES + dense) if C_fixed is not None else a
 
     at = ((s * chunks + chunk) * blocks + block) * N * LANES
     h = tl.zeros([N, LANES], tl.float32)
-    if first is not None:
-        h = tl.load(first + s * n * d + across_d, mask=ours, other=0.0)
-    elif added is not None and OUT:
+    if added is not None and OUT:
         h = tl.load(added + at + dense)
     total = tl.zeros([LANES], tl.float32)
 
@@ -120,10 +113,8 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last
         next_zs = _load(z + ahead * z_t, z_t, channel, some, STEPS) if z is not None else next_xs
         here = wide + i * STEPS
         for k in tl.static_range(STEPS):
-            if B_fixed is None:
-                b = column(B + here * B_t + k * B_t, j, n)
-            if C_fixed is None:
-                c = column(C + here * C_t + k * C_t, j, n) if OUT else 0.0
+            b = column(B_tile, B + here * B_t + k * B_t, j, n, B_fixed is None)
+            c = column(C_tile, C + here * C_t + k * C_t, j, n, OUT and C_fixed is None)
             h, size, out = _step(h, a, dts[k], xs[k], zs[k], b, c, bias, skip, SOFTPLUS, z is not None, OUT)
             if OUT:
                 tl.store(y + here * d + (k * d + channel), out.to(y.dtype.element_ty), mask=inside)
@@ -136,10 +127,8 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last
         tl.store(saved + ((slot + rest // KEEP) * blocks + block) * N * LANES + dense, h)
     for i in range(rest, count):
         here = wide + i
-        if B_fixed is None:
-            b = column(B + here * B_t, j, n)
-        if C_fixed is None:
-            c = column(C + here * C_t, j, n) if OUT else 0.0
+        b = column(B_tile, B + here * B_t, j, n, B_fixed is None)
+        c = column(C_tile, C + here * C_t, j, n, OUT and C_fixed is None)
         now_z = tl.load(z + here * z_t + channel) if z is not None else 0.0
         h, size, out = _step(h, a, tl.load(dt + here * dt_t + channel), tl.load(x + here * x_t + channel), now_z, b, c,
                              bias, skip, SOFTPLUS, z is not None, OUT)  # fmt: skip
@@ -152,7 +141,7 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, first, last
         tl.store(added + at + dense, h)
         tl.store(sums + ((s * chunks + chunk) * blocks + block) * LANES + lane, total)
     elif chunk == chunks - 1:
-        tl.store(last + s * n * d + channel[None, :] * n + j[:, None], h, mask=ours)
+        tl.store(last + (s * d + channel[None, :]) * n + j[:, None], h, mask=(j < n)[:, None] & inside[None, :])
 
 
 # ---- launches --------------------------------------------------------------------------------------------------
@@ -187,23 +176,23 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
 
     N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
     chunks, length = cut(sequences * blocks, t, n, WANTED, cu_seqlens)
-    x, dt, z, A, first = unit(x), unit(dt), unit(z), across(A), across(initial_state)
-    (B, B_strides), (C, C_strides) = shared(B), shared(C)
-    fixed = [v if v.dim() == 2 else None for v in (B, C)]
-    added = torch.empty(sequences, chunks, blocks, N, lanes, **real) if chunks > 1 else None
-    sums = torch.empty(sequences, chunks, blocks, lanes, **real) if chunks > 1 else None
+    x, dt, z, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, D, dt_bias, cu_seqlens))
+    A, added = rates(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
+    (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
 
-    def walk(y, z, first, saved, launched):
+    def walk(y, z, added, sums, saved, launched):
         scan_forward[(sequences * launched * blocks,)](
-            x, dt, z, y, A, B, C, *fixed, D, dt_bias, first, last, added, sums, saved, cu_seqlens, *strides(x),
+            x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums, last, saved, cu_seqlens, *strides(x),
             *strides(dt), *strides(z), *B_strides, *C_strides, t, length, chunks, launched, d, blocks, per_group,
             d // groups, n, N, lanes, STEPS, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on(x.device):
         if chunks > 1:
-            walk(None, None, None, None, chunks - 1)
-            chain[(sequences * blocks,)](added, sums, A, first, chunks, blocks, per_group, d // groups, d, n, N, lanes,
-                                         False, num_warps=warps, enable_fp_fusion=True)  # fmt: skip
-        walk(y, z, None if chunks > 1 else first, saved, chunks)
+            first, added = added, torch.empty(sequences, chunks, blocks, N, lanes, **real)
+            sums = torch.empty(sequences, chunks, blocks, lanes, **real)
+            walk(None, None, added, sums, None, chunks - 1)
+            chain[(sequences * blocks,)](added, sums, A, first, chunks, blocks, N, lanes, False, num_warps=warps,
+                                         enable_fp_fusion=True)  # fmt: skip
+        walk(y, z, added, None, saved, chunks)
     return y, last, saved

@@ -12,25 +12,35 @@ import triton.language as tl
 
 from anymamba.kernels.triton_common import (
     LOG2E,
-    across,
     chain,
     channels,
     column,
     cut,
     keep_every,
     on,
+    rates,
     shared,
     sigmoid,
     softplus,
     span,
     strides,
     tile,
+    tiles,
     unit,
 )
 from anymamba.kernels.triton_scan import layout
 
-STEPS = tl.constexpr(4)  # whose states are in registers; `_merge` is made for four
+STEPS = 4  # whose states are in registers; `_merge` is made for four
 WANTED = 1056  # programs of one warp: as many as run at a time on a large GPU
+
+
+@triton.jit
+def _load(p, row_stride, channel, left, STEPS: tl.constexpr):
+    """The next steps, one [lanes] each; the last one repeated if only `left` are left."""
+    rows = ()
+    for k in tl.static_range(STEPS):
+        rows += (tl.load(p + (tl.minimum(k, left - 1) * row_stride + channel)),)
+    return rows
 
 
 @triton.jit
@@ -65,50 +75,282 @@ def _merge(p, q, LEVEL: tl.constexpr):
     do_not_specialize_on_alignment=["A", "C_fixed", "added"],
 )
 def scan_adjoint(dy, dt, z, A, C, C_fixed, dt_bias, added, sums, dy_b, dy_t, dt_b, dt_t, z_b, z_t, C_b, C_t, C_g,
-                 t, length, chunks, d, blocks, per_group, width, n: tl.constexpr, N: tl.constexpr,
+                 t, length, chunks, blocks, per_group, width, n: tl.constexpr, N: tl.constexpr,
                  LANES: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
     """What the outputs of a chunk, all but the first, add to the gradient of the state before it, and Σ Δ."""
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks % (chunks - 1) + 1
     s = (tl.program_id(0) // blocks // (chunks - 1)).to(tl.int64)
-    group, place, channel, inside = channels(block, per_group, width, LANES)
+    group, channel, inside = channels(block, per_group, width, LANES)
     row, start, count, _ = span(None, s, chunk, t, length, 1)
     j, lane = tl.arange(0, N), tl.arange(0, LANES)
-    across_d = j[:, None] * d + place[None, :]
-    ours = (j < n)[:, None] & inside[None, :]
-    a = tl.load(A + across_d, mask=ours, other=0.0) * LOG2E
+    dense = j[:, None] * LANES + lane[None, :]
+    a = tl.load(A + block * N * LANES + dense)
     bias = tl.load(dt_bias + channel).to(tl.float32) if dt_bias is not None else 0.0
     dy += row * dy_b + start * dy_t
     dt += row * dt_b + start * dt_t
     if z is not None:
         z += row * z_b + start * z_t
-    if C_fixed is not None:
-        c = tl.load(C_fixed + across_d, mask=ours, other=0.0)
-    else:
-        C += row * C_b + start * C_t + group * C_g
+    C_tile = tl.load(C_fixed + block * N * LANES + dense) if C_fixed is not None else a
+    C += row * C_b + start * C_t + group * C_g
 
     g, total = tl.zeros([N, LANES], tl.float32), tl.zeros([LANES], tl.float32)
     quads = tl.cdiv(count, STEPS)
     for i in range(quads):
         at = s * 0 + (quads - 1 - i) * STEPS
-        dts, dys, zs = (), (), ()
-        for k in tl.static_range(STEPS):  # all loads first
-            here = tl.minimum(at + k, count - 1)
-            dts += (tl.load(dt + here * dt_t + channel),)
-            dys += (tl.load(dy + here * dy_t + channel),)
-            if z is not None:
-                zs += (tl.load(z + here * z_t + channel),)
-        for i_back in tl.static_range(STEPS):
-            k: tl.constexpr = STEPS - 1 - i_back
-            size, _ = _step_size(dts[k], bias, at + k < count, SOFTPLUS)
-            gy = tl.where((at + k < count) & inside, dys[k].to(tl.float32), 0.0)
+        left = (count - at).to(tl.int32)
+        dts, dys = _load(dt + at * dt_t, dt_t, channel, left, STEPS), _load(dy + at * dy_t, dy_t, channel, left, STEPS)
+        zs = _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
+        C_at = C + at * C_t
+        for k in tl.static_range(STEPS - 1, -1, -1):
+            alive = lane * 0 + k < left
+            size = _step_size(dts[k], bias, alive, SOFTPLUS)[0]
+            gy = tl.where(alive & inside, dys[k].to(tl.float32), 0.0)
             if z is not None:
                 gate = zs[k].to(tl.float32)
                 gy *= gate * sigmoid(gate)
-            if C_fixed is None:
-                c = column(C + tl.minimum(at + k, count - 1) * C_t, j, n)
+            c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
             g = tl.exp2(a * size[None, :]) * (g + c * gy[None, :])
             total += size
     at = (s * chunks + chunk) * blocks + block
-    tl.store(added + at * N * LANES + j[:, None] * LANES + lane[None, :], g)
+    tl.store(added + at * N * LANES + dense, g)
     tl.store(sums + at * LANES + lane, total)
+
+
+@triton.jit
+def _advance(h, a, x, dt, B, B_tile, x_t, dt_t, B_t, channel, bias, j, n: tl.constexpr, STEPS: tl.constexpr,
+             SOFTPLUS: tl.constexpr, VARIES: tl.constexpr):  # fmt: skip
+    """The state after the next steps."""
+    dts, xs = _load(dt, dt_t, channel, STEPS, STEPS), _load(x, x_t, channel, STEPS, STEPS)
+    for k in tl.static_range(STEPS):
+        size = _step_size(dts[k], bias, True, SOFTPLUS)[0]
+        b = column(B_tile, B + k * B_t, j, n, VARIES)
+        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
+    return h
+
+
+@triton.jit
+def _leave(four, partial, row, left, more, j, n: tl.constexpr):
+    """Sums the merged tiles of four steps over lanes and puts them in their rows, B before C; adds if there is more."""
+    N: tl.constexpr = four.shape[0]
+    four = tl.sum(tl.reshape(four, [N, 8, four.shape[1] // 8]), 2)
+    i = tl.arange(0, 8)  # bits: B or C, odd step, later two steps
+    step = i % 2 * 2 + i // 2 % 2
+    to = partial + (step * row + i // 4 * n)[None, :] + j[:, None]
+    wanted = (j < n)[:, None] & (step < left)[None, :]
+    if more:
+        four += tl.load(to, mask=wanted, other=0.0)
+    tl.store(to, four, mask=wanted)
+
+
+@triton.jit
+def _ungate(gy, z, h, c, x, D, dz, mask):
+    """Gradient before the gate; stores the gate's own."""
+    z = z.to(tl.float32)
+    out = tl.sum(h * c, 0) + D * x
+    sig = sigmoid(z)
+    silu = z * sig
+    tl.store(dz, (gy * out * (sig + silu * (1.0 - sig))).to(dz.dtype.element_ty), mask=mask)
+    return gy * silu
+
+
+@triton.jit(
+    do_not_specialize=["t", "length", "chunks", "blocks", "per_group", "width", "saved_blocks", "shares", "share"],
+    do_not_specialize_on_alignment=["A", "A_again", "B_fixed", "C_fixed", "added", "saved", "scratch"],
+)
+def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch,
+                  bounds, dA, dB_fixed, dC_fixed, partial, dD, dbias, dinitial,
+                  dy_b, dy_t, x_b, x_t, dt_b, dt_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g,
+                  t, length, chunks, d, rows, blocks, per_group, width, saved_blocks, shares, share,
+                  n: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, SAVED_LANES: tl.constexpr,
+                  STEPS: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
+    """A program takes `share` blocks of a group one after the other, and adds up their dB and dC in `partial`."""
+    part = tl.program_id(0) % shares
+    chunk = tl.program_id(0) // shares % chunks
+    s = (tl.program_id(0) // shares // chunks).to(tl.int64)
+    group, part = part // tl.cdiv(per_group, share), part % tl.cdiv(per_group, share)
+    row, start, count, slot = span(bounds, s, chunk, t, length, KEEP)
+    wide, j, lane = s * 0, tl.arange(0, N), tl.arange(0, LANES)
+    dense = j[:, None] * LANES + lane[None, :]
+    scratch += tl.program_id(0).to(tl.int64) * (KEEP // STEPS) * N * LANES
+    pieces = tl.cdiv(count, KEEP)
+    x += row * x_b + start * x_t
+    dt += row * dt_b + start * dt_t
+    dy += row * dy_b + start * dy_t
+    flat, n_groups = row * t + start, tl.cdiv(blocks, per_group)
+    if z is not None:
+        z += row * z_b + start * z_t
+    B += row * B_b + start * B_t + group * B_g
+    C += row * C_b + start * C_t + group * C_g
+
+    for block in range(part * share, tl.minimum((part + 1) * share, per_group)):
+        of = group * per_group + block
+        _, channel, inside = channels(of, per_group, width, LANES)
+        tile = of * N * LANES + dense
+        bias = tl.load(dt_bias + channel).to(tl.float32) if dt_bias is not None else 0.0
+        skip = tl.load(D + channel).to(tl.float32) if D is not None else 0.0
+        g = tl.zeros([N, LANES], tl.float32)
+        if added is not None:
+            g = tl.load(added + (s * chunks + chunk) * blocks * N * LANES + tile)
+        B_tile = tl.load(B_fixed + tile) if B_fixed is not None else g
+        C_tile = tl.load(C_fixed + tile) if C_fixed is not None else g
+        sum_A, sum_D, sum_bias = tl.zeros([N, LANES], tl.float32), lane * 0.0, lane * 0.0
+        sum_B, sum_C = sum_A, sum_A
+        first = block * LANES  # in the group; saved states may have wider blocks
+        kept = slot * saved_blocks + group * tl.cdiv(width, SAVED_LANES) + first // SAVED_LANES
+        kept = saved + kept * N * SAVED_LANES + first % SAVED_LANES + j[:, None] * SAVED_LANES + lane[None, :]
+
+        for i in range(pieces):
+            piece = wide + (pieces - 1 - i)
+            begin = kept + piece * saved_blocks * N * SAVED_LANES
+            quads = tl.cdiv(tl.minimum(KEEP, count - piece * KEEP), STEPS).to(tl.int32)
+            h = tl.load(begin)
+            tl.store(scratch + dense, h)
+            a = tl.load(A + tile)
+            for q in range(quads - 1):
+                at = piece * KEEP + q * STEPS
+                h = _advance(h, a, x + at * x_t, dt + at * dt_t, B + at * B_t, B_tile, x_t, dt_t, B_t, channel, bias, j,
+                             n, STEPS, SOFTPLUS, B_fixed is None)  # fmt: skip
+                tl.store(scratch + (q + 1) * N * LANES + dense, h)
+            tl.debug_barrier()
+            for i_back in range(quads):
+                q = quads - 1 - i_back
+                h = tl.load(scratch + q * N * LANES + dense)
+                at = piece * KEEP + q * STEPS
+                left = (count - at).to(tl.int32)
+                dts = _load(dt + at * dt_t, dt_t, channel, left, STEPS)
+                xs = _load(x + at * x_t, x_t, channel, left, STEPS)
+                dys = _load(dy + at * dy_t, dy_t, channel, left, STEPS)
+                zs = _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
+                B_at, C_at, out = B + at * B_t, C + at * C_t, (flat + at) * d
+                a = tl.load(A + tile)
+                hs, sizes, slopes = (), (), ()
+                for k in tl.static_range(STEPS):
+                    size, slope = _step_size(dts[k], bias, lane * 0 + k < left, SOFTPLUS)
+                    b = column(B_tile, B_at + tl.minimum(k, left - 1) * B_t, j, n, B_fixed is None)
+                    h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
+                    hs += (h,)
+                    sizes += (size,)
+                    slopes += (slope,)
+                a = tl.load(A_again + tile)
+                for k in tl.static_range(STEPS - 1, -1, -1):
+                    alive, here = lane * 0 + k < left, k * d + channel
+                    x_k, size = xs[k].to(tl.float32), sizes[k]
+                    gy = tl.where(alive & inside, dys[k].to(tl.float32), 0.0)
+                    c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
+                    if z is not None:
+                        gy = _ungate(gy, zs[k], hs[k], c, x_k, skip, dz + out + here, alive & inside)
+                    g += c * gy[None, :]
+                    by_B, by_C = g * (size * x_k)[None, :], hs[k] * gy[None, :]
+                    if B_fixed is not None:
+                        sum_B += by_B
+                    if C_fixed is not None:
+                        sum_C += by_C
+                    if partial is not None:
+                        both = _merge(by_B, by_C, 0)
+                        if k % 2 == 1:
+                            odd = both
+                        elif k == 2:
+                            late = _merge(both, odd, 1)
+                        else:
+                            four = _merge(_merge(both, odd, 1), late, 2)
+                    b = column(B_tile, B_at + tl.minimum(k, left - 1) * B_t, j, n, B_fixed is None)
+                    gb = tl.sum(g * b, 0)
+                    g *= tl.exp2(a * size[None, :])
+                    through = g * (hs[k - 1] if k > 0 else tl.load(scratch + q * N * LANES + dense))
+                    sum_A += through * size[None, :]
+                    d_dt = (tl.sum(through * a, 0) * (1 / LOG2E) + gb * x_k) * slopes[k]
+                    tl.store(dx + out + here, (gb * size + skip * gy).to(dx.dtype.element_ty), mask=alive & inside)
+                    tl.store(ddt + out + here, d_dt.to(ddt.dtype.element_ty), mask=alive & inside)
+                    sum_D += gy * x_k
+                    sum_bias += tl.where(alive, d_dt, 0.0)
+                if partial is not None:
+                    to = ((wide + part) * rows + flat + at) * n_groups + group
+                    _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n)
+            tl.debug_barrier()
+
+        ours = (j < n)[:, None] & inside[None, :]
+        at = (s * chunks + chunk) * d + channel
+        to = at[None, :] * n + j[:, None]
+        tl.store(dA + to, sum_A, mask=ours)
+        if B_fixed is not None:
+            tl.store(dB_fixed + to, sum_B, mask=ours)
+        if C_fixed is not None:
+            tl.store(dC_fixed + to, sum_C, mask=ours)
+        if D is not None:
+            tl.store(dD + at, sum_D, mask=inside)
+        if dt_bias is not None:
+            tl.store(dbias + at, sum_bias, mask=inside)
+        if chunk == 0:
+            tl.store(dinitial + (s * d + channel[None, :]) * n + j[:, None], g, mask=ours)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------
+
+
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
+    """dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, each as its input; None for an absent one."""
+    (b, t, d), n = x.shape, A.shape[1]
+    sequences = b if cu_seqlens is None else cu_seqlens.numel() - 1
+    groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
+    real = {"dtype": torch.float32, "device": x.device}
+    inputs = B, C
+    N, lanes, warps = tile(n, 16)
+    per_group = triton.cdiv(d // groups, lanes)
+    blocks = groups * per_group
+    share = min(16, triton.cdiv(4 * n, lanes), max(per_group, 1))  # bounds the memory of partial sums
+    shares = groups * triton.cdiv(per_group, share)
+    chunks, length = cut(sequences * shares, t, n, WANTED, cu_seqlens)
+
+    x, dt, z, dy, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, dy, D, dt_bias, cu_seqlens))
+    dx, ddt = x.new_empty(b, t, d), x.new_empty(b, t, d)
+    dz = None if z is None else x.new_empty(b, t, d)
+    parts = sequences * chunks
+    dA, dinitial = torch.empty(parts, d, n, **real), torch.empty(sequences, d, n, **real)
+    d_fixed = [torch.empty(parts, d, n, **real) if v.dim() == 2 else None for v in inputs]
+    dD, dbias = (None if v is None else torch.empty(parts, d, **real) for v in (D, dt_bias))
+    partial = torch.empty(shares // groups, b, t, groups, 2, n, **real) if None in d_fixed else None
+    if dA.numel():
+        A, added = rates(A, groups, N, lanes), tiles(dfinal_state, groups, N, lanes)
+        (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
+        with on(x.device):
+            if chunks > 1:
+                last, added = added, torch.empty(sequences, chunks, blocks, N, lanes, **real)
+                sums = torch.empty(sequences, chunks, blocks, lanes, **real)
+                scan_adjoint[(sequences * (chunks - 1) * blocks,)](
+                    dy, dt, z, A, C, C_fixed, dt_bias, added, sums, *strides(dy), *strides(dt), *strides(z),
+                    *C_strides, t, length, chunks, blocks, per_group, d // groups, n, N, lanes, STEPS, dt_softplus,
+                    num_warps=warps, enable_fp_fusion=True,
+                )  # fmt: skip
+                chain[(sequences * blocks,)](added, sums, A, last, chunks, blocks, N, lanes, True, num_warps=warps,
+                                             enable_fp_fusion=True)  # fmt: skip
+            keep = keep_every(n)
+            _, saved_lanes, _, _, saved_blocks = layout(x.shape, (d, n), groups)
+            scratch = torch.empty(parts * shares, keep // STEPS, N, lanes, **real)
+            scan_backward[(parts * shares,)](
+                dy, x, dt, z, dx, ddt, dz, A, A, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch, cu_seqlens,
+                dA, *d_fixed, partial, dD, dbias, dinitial, *strides(dy), *strides(x), *strides(dt), *strides(z),
+                *B_strides, *C_strides, t, length, chunks, d, b * t, blocks, per_group, d // groups, saved_blocks,
+                shares, share, n, N, lanes, saved_lanes, STEPS, keep, dt_softplus, num_warps=warps,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    dB, dC = _restore(partial, d_fixed, inputs)
+    dD, dbias = (None if v is None else _sum(g).to(v.dtype) for v, g in ((D, dD), (dt_bias, dbias)))
+    return dx, ddt, _sum(dA), dB, dC, dD, dz, dbias, dinitial
+
+
+def _sum(parts):
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def _restore(partial, fixed, inputs):
+    """dB and dC in the shapes and types of B and C."""
+    total = None if partial is None else _sum(partial)  # (b,t,g,2,n)
+    for i, (v, g) in enumerate(zip(inputs, fixed, strict=True)):
+        if g is not None:
+            yield _sum(g).to(v.dtype)
+            continue
+        g = total[..., i, :]
+        if v.dim() == 3:
+            g = g[:, :, 0] if g.shape[2] == 1 else g.sum(2)
+        yield g.to(v.dtype).contiguous()

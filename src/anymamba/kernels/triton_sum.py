@@ -28,7 +28,7 @@ def _sum(shares, out, last, items, d, w: tl.constexpr, parts: tl.constexpr):
     v = tl.sum(total, 0)
     if k < w:
         tl.store(out + columns * w + k, v.to(out.dtype.element_ty), mask=columns < d)
-    else:
+    elif last is not None:
         tl.store(last + columns, v.to(last.dtype.element_ty), mask=columns < d)
 
 
