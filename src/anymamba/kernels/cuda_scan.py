@@ -13,7 +13,6 @@ __all__ = ["missing", "saved_shape", "selective_scan", "selective_scan_backward"
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 64  # largest d_state; beyond, B and C of a chunk do not fit the shared memory of smaller GPUs
-LANES = 98_304  # of 4 states each: enough to fill a large GPU
 
 
 def supports(n: int) -> bool:
@@ -21,7 +20,7 @@ def supports(n: int) -> bool:
     return n <= WIDEST
 
 
-# ---- sizes: all from the shape alone, so that results do not depend on the machine or its mood -----------------
+# ---- plans: from the shape alone, so that results do not depend on the machine or its mood ----------------------
 
 
 def padded(n: int) -> int:
@@ -39,43 +38,64 @@ def saved_shape(x_shape, A_shape, groups, sequences):
     return x_shape[0] * x_shape[1] // chunk_length(n) + sequences + 1, d, padded(n)
 
 
-def forward_plan(sequences: int, d: int, n: int) -> dict:
-    """How forward spreads the states: K states a lane, L lanes a channel, M channels a lane, tiles of CB channels and T
-    steps, BLOCKS of them a multiprocessor. See `docs/decisions.md` for what was measured."""
-    size = padded(n)
-    if 16 <= size <= 32 and _few(sequences, d, n) and sequences * d * size >= LANES // 3 * 2:
-        return {"K": 2, "L": size // 2, "M": 1, "CB": 256 // size, "T": 32, "BLOCKS": 4}
-    K = min(8, size)
-    L = size // K
-    M = 2 if L >= 8 else 1
-    return {"K": K, "L": L, "M": M, "CB": 128 * M // L, "T": 16, "BLOCKS": 4 - M}
+# Milliseconds that 2048 steps took with so many blocks on a multiprocessor, measured on an H200 (d_state 16), for each
+# number of states a lane. Many states a lane cost less, few spread a small problem over more lanes.
+FORWARD = {4: (0, 0.17, 0.19, 0.235, 0.279), 8: (0, 0.24, 0.288, 0.34), 2: (0, 0.09, 0.11, 0.139, 0.185)}
+BACKWARD = {False: (0, 0.38, 0.5, 0.7), True: (0, 0.36, 0.47)}  # by KEEP
+MULTIPROCESSORS = 132
 
 
-def backward_plan(sequences: int, d: int, n: int) -> dict:
+def _cost(blocks, times):
+    """Of that many blocks in waves that fill the chip, and a rest."""
+    full, rest = divmod(blocks, MULTIPROCESSORS * (len(times) - 1))
+    return full * times[-1] + times[-(-rest // MULTIPROCESSORS)]
+
+
+@functools.lru_cache(1024)
+def forward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
+    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, M channels a
+    lane, tiles of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
+    size, best = padded(n), None
+    for K, times in FORWARD.items():
+        if K > size or size // K > 16 or (size > 32 and K < 8):
+            continue
+        L = size // K
+        M = 2 if size > 32 else 1
+        CB = 128 * M // L
+        for pieces in (1,) if whole else range(1, max(1, min(64, t // 256)) + 1):
+            cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
+            cost = cost if pieces == 1 else 1.65 * cost + 0.03 * 2048 / t  # a pass that finds the states comes before
+            if best is None or cost < 0.98 * best[0]:
+                T, blocks = 32 if K == 2 else 16, len(times) - 1 if M == 1 else 2
+                best = cost, pieces, {"K": K, "L": L, "M": M, "CB": CB, "T": T, "BLOCKS": blocks}
+    if best is None:  # fewer than 2 states
+        return 1, {"K": size, "L": 1, "M": 1, "CB": 128, "T": 16, "BLOCKS": 4}
+    return best[1:]
+
+
+@functools.lru_cache(1024)
+def backward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
     """As `forward_plan`; KEEP: whether the walk back finds the decays of the walk forward in registers."""
-    size = padded(n)
+    size, best = padded(n), None
     K = min(4 if size <= 32 else 8, size)
     L = size // K
-    if K == 8:
-        return {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": 8, "BLOCKS": 2, "KEEP": 1}
-    if sequences * d * L < 1000 * 128:  # few blocks: they run at once, each with many registers
-        return {"K": K, "L": L, "M": 1, "CB": 256 // L, "T": 16, "BLOCKS": 1, "KEEP": 1}
-    return {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": 16, "BLOCKS": 3, "KEEP": 0}
+    for keep, times in BACKWARD.items():
+        if K == 8 and not keep:
+            continue
+        for pieces in (1,) if whole else range(1, max(1, min(64, t // 256)) + 1):
+            cost = _cost(-(-d * L // 128) * sequences * pieces, times) / pieces
+            cost = cost if pieces == 1 else cost + 0.12 * sequences * d * L / 65_536 + 0.04 * 2048 / t
+            if best is None or cost < 0.98 * best[0]:
+                T = 16 if K <= 4 else 8
+                best = cost, pieces, {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": T, "BLOCKS": len(times) - 1, "KEEP": int(keep)}  # noqa: E501  # fmt: skip
+    return best[1:]
 
 
-def _few(sequences, d, n):
-    """Whether there are too few states for one lane to have many."""
-    return sequences * d * padded(n) < 2 * LANES
-
-
-def pieces(sequences: int, t: int, d: int, n: int, backward: bool) -> tuple[int, int]:
-    """Into how many pieces of how many steps each sequence is cut, so that they fill the chip."""
-    if not _few(sequences, d, n) or (not backward and forward_plan(sequences, d, n)["K"] == 2):
+def _step(t, pieces):
+    """(pieces, steps of each): whole chunks of saved states, so perhaps fewer pieces than asked for."""
+    if pieces == 1:
         return 1, t
-    wanted = min(4 * LANES // max(1, sequences * d * padded(n)), t // 256)
-    if wanted < 2:
-        return 1, t
-    step = -(-t // (64 * wanted)) * 64
+    step = -(-t // (32 * pieces)) * 32
     return -(-t // step), step
 
 
@@ -174,9 +194,9 @@ class _Call:
         (self.b, self.t, self.d), self.n, self.x = x.shape, A.shape[1], x
         self.sequences = self.b if cu_seqlens is None else cu_seqlens.numel() - 1
         self.groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
-        self.pieces, self.step = 1, self.t
-        if cu_seqlens is None:
-            self.pieces, self.step = pieces(self.b, self.t, self.d, self.n, backward)
+        choose = backward_plan if backward else forward_plan
+        pieces, self.plan = choose(self.sequences, self.t, self.d, self.n, cu_seqlens is not None)
+        self.pieces, self.step = _step(self.t, pieces)
         self.defines = {
             "XTYPE": TYPES[x.dtype], "BTYPE": TYPES[B.dtype], "CTYPE": TYPES[C.dtype], "N": self.n,
             "CHUNK": chunk_length(self.n), "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
@@ -228,7 +248,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     final = call.empty(s, call.pieces, d, n)
     if final.numel() == 0:
         return y, final.view(s, d, n), saved
-    plan, shared = call.fit(forward_plan(s * call.pieces, d, n), _forward_bytes, x, (B, C), 2 if z is None else 3)
+    plan, shared = call.fit(call.plan, _forward_bytes, x, (B, C), 2 if z is None else 3)
     wide = _wide(d // call.groups, x, dt, z, y)
 
     def run(starts, y, final, saved, total):
@@ -258,7 +278,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     D, dt_bias, dfinal_state = _float(D), _float(dt_bias), _float(dfinal_state)
     call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, True)
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences * call.pieces
-    plan, shared = call.fit(backward_plan(s, d, n), _backward_bytes, x, (B, C), 3 if z is None else 4)
+    plan, shared = call.fit(call.plan, _backward_bytes, x, (B, C), 3 if z is None else 4)
     dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
     dA, dinitial, dD, dbias = call.empty(s, d, n), call.empty(s, d, n), call.empty(s, d), call.empty(s, d)
@@ -290,7 +310,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
 
 def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
     """The gradient of the state after each piece."""
-    plan = forward_plan(call.sequences * call.pieces, call.d, call.n)
+    _, plan = forward_plan(call.sequences * call.pieces, call.step, call.d, call.n, True)
     plan, shared = call.fit(plan, _forward_bytes, dt, (C,), 2 if z is None else 3)
     own, total = call.empty(call.b, call.pieces, call.d, call.n), call.empty(call.b, call.pieces, call.d)
     call.launch(

@@ -130,6 +130,21 @@ def _advance(h, a, x, dt, B, B_tile, x_t, dt_t, B_t, channel, bias, j, n: tl.con
 
 
 @triton.jit
+def _recompute(h, a, dts, xs, B, B_tile, B_t, left, bias, lane, j, n: tl.constexpr, STEPS: tl.constexpr,
+               SOFTPLUS: tl.constexpr, VARIES: tl.constexpr):  # fmt: skip
+    """The state after each of the next steps, their sizes, and the slopes of these in dt."""
+    hs, sizes, slopes = (), (), ()
+    for k in tl.static_range(STEPS):
+        size, slope = _step_size(dts[k], bias, lane * 0 + k < left, SOFTPLUS)
+        b = column(B_tile, B + tl.minimum(k, left - 1) * B_t, j, n, VARIES)
+        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
+        hs += (h,)
+        sizes += (size,)
+        slopes += (slope,)
+    return hs, sizes, slopes
+
+
+@triton.jit
 def _leave(four, partial, row, left, more, j, n: tl.constexpr):
     """Sums the merged tiles of four steps over lanes and puts them in their rows, B before C; adds if there is more."""
     N: tl.constexpr = four.shape[0]
@@ -224,15 +239,9 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed,
                 zs = _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
                 B_at, C_at, out = B + at * B_t, C + at * C_t, (flat + at) * d
                 a = tl.load(A + tile)
-                hs, sizes, slopes = (), (), ()
-                for k in tl.static_range(STEPS):
-                    size, slope = _step_size(dts[k], bias, lane * 0 + k < left, SOFTPLUS)
-                    b = column(B_tile, B_at + tl.minimum(k, left - 1) * B_t, j, n, B_fixed is None)
-                    h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
-                    hs += (h,)
-                    sizes += (size,)
-                    slopes += (slope,)
-                a = tl.load(A_again + tile)
+                hs, sizes, slopes = _recompute(h, a, dts, xs, B_at, B_tile, B_t, left, bias, lane, j, n, STEPS,
+                                               SOFTPLUS, B_fixed is None)  # fmt: skip
+                a = tl.load(A_again + tile)  # from here: else all decays would be kept in registers, and more spilled
                 for k in tl.static_range(STEPS - 1, -1, -1):
                     alive, here = lane * 0 + k < left, k * d + channel
                     x_k, size = xs[k].to(tl.float32), sizes[k]
