@@ -19,7 +19,7 @@ from anymamba.layers import Block, MambaMixer, RMSNorm, is_bare, linear_cross_en
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
-PIECE = 8192  # tokens that are read at once when no gradient is needed
+PIECE = 8192  # tokens that a CPU reads at once when no gradient is needed, to stay in its caches; GPUs take 8 times it
 
 
 class MambaOutput(NamedTuple):
@@ -84,8 +84,9 @@ class MambaLM(nn.Module):
         if labels is not None:
             self._check_labels(labels, b, t)
         plain = lengths is None and cu_seqlens is None and labels is None
-        if plain and b * t > PIECE and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._in_pieces(ids, embeddings, state, last_only, max(1, PIECE // b))
+        piece = PIECE if self.device.type == "cpu" else 8 * PIECE
+        if plain and b * t > piece and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._in_pieces(ids, embeddings, state, last_only, max(1, piece // b))
         x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
