@@ -16,10 +16,14 @@ typedef long long i64;
 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-__device__ __forceinline__ float sigmoid(float v) { return rcp(1.f + ex2(-1.44269504f * v)); }
+// float32 inputs deserve the slower functions of CUDA's library; 16-bit inputs are coarser than these are wrong
+__device__ __forceinline__ float sigmoid(float v) {
+    return XTYPE == 0 ? 1.f / (1.f + expf(-v)) : rcp(1.f + ex2(-1.44269504f * v));
+}
 
 // log(1 + e^v) = max(v, 0) + log1p(e^-|v|): exact in relative terms where it is small, as step sizes are
 __device__ __forceinline__ float softplus(float v) {
+    if (XTYPE == 0) return v > 20.f ? v : log1pf(expf(v));
     float e = ex2(-1.44269504f * fabsf(v)), p = 5.253457930e-03f;  // polynomial fitted on [0, 1], error 2e-7
     p = fmaf(p, e, -2.958850749e-02f); p = fmaf(p, e, 7.836166769e-02f); p = fmaf(p, e, -1.367477030e-01f);
     p = fmaf(p, e, 1.911143064e-01f); p = fmaf(p, e, -2.484436929e-01f); p = fmaf(p, e, 3.331927061e-01f);
@@ -72,7 +76,7 @@ __device__ __forceinline__ void load_tile(char* tile, const E* from, int stride,
             int i = turn * NT + threadIdx.x, r = i / per_row, c = i % per_row * wide;
             if (ROWS * per_row % NT && i >= ROWS * per_row) break;
             bool inside = r < rows && c < columns;
-            const E* source = inside ? from + (i64)r * stride + c : from;
+            const E* source = from + (i64)r * stride + c;  // not read from if outside
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                          :: "r"(shared_address(tile + r * pitch + c * sizeof(E))), "l"(source), "r"(inside ? 16 : 0) : "memory");
         }

@@ -126,7 +126,7 @@ def _backward_bytes(p, x, matrices, activations):
     width = sum(K * L for v in matrices if v.dim() == 4)
     tensor = x.dtype != torch.float32 and width and K > 1 and L <= 8
     rows = CB * L // 32 * (8 // L if tensor else 1)
-    sums = rows * T * (width + bool(tensor)) or 4
+    sums = rows * (T + 2) * width or 4
     between = (chunk // T - 1) * CB * L * K or 4
     ready = CB * (chunk + 1) * 16
     return 2 * _tiles(p, chunk, x, matrices, activations) + ready + _matrices(p, chunk, matrices) + 4 * (sums + between)

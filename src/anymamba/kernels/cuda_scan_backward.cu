@@ -14,13 +14,15 @@
 #define TENSOR (XTYPE != 0 && SUMS && K > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
 #define LOW (TENSOR ? 4 : 1)                        // neighbouring lanes of different channels
 #define ROWS (TENSOR ? WARPS * CHANNELS / 4 : WARPS)
-#define SPACE (WIDTH + (TENSOR ? 1 : 0))
+#define SPACE (T + 2)                                // pitch of the sums of one state over time
 
-// d += a (16 x 4: rows g and g + 8, column lane % 4) times b (4 x 8: row lane % 4, column g = lane / 4), in tf32
-__device__ __forceinline__ void tensor_sum(float (&d)[4], float a0, float a1, float b) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+// d += a (16 x 8: rows g and g + 8, columns q and q + 4, where g = lane / 4 and q = lane % 4) times b (8 x 8: rows q and
+// q + 4, column g), in tf32
+__device__ __forceinline__ void tensor_sum(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 // to tf32's 10 bits; bfloat16 results need no more than what the tensor cores cut off by themselves
 __device__ __forceinline__ float rounded(float v) {
@@ -37,7 +39,7 @@ struct Shared {
     char raw[2][Tiles::bytes];      // inputs; dx, ddt and dz take the places of x, dt and z
     float4 ready[CB][CHUNK + 1];    // step size, step size times input, gradient before the gate, softplus'
     float B[BCONST ? 4 : NP / V * MATRIX(CHUNK)], C[CCONST ? 4 : NP / V * MATRIX(CHUNK)];
-    float sums[WIDTH ? ROWS * T * SPACE : 4];
+    float sums[WIDTH ? ROWS * WIDTH * SPACE : 4];
     float between[PARTS > 1 ? (PARTS - 1) * NT * K : 4];
 };
 
@@ -100,18 +102,19 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         commit();
     };
 
-    // Sum of K products over the warp's channels of one step, as column s % 8 of a matrix; for 8 steps one matrix.
-    auto tensor_add = [&](auto& matrix, const auto& over, int s, bool first, bool last, int place) {
+    // Sums of K products over the warp's channels of two steps, as columns s % 8 and s % 8 + 1 of a matrix; for 8 steps one
+    // matrix. The products are rows, so the other factor is one in these columns and zero elsewhere.
+    auto tensor_add = [&](auto& matrix, const auto& even, const auto& odd, int s, bool first, bool last, int place) {
+        const float b0 = lane / 4 == s % 8 ? 1.f : 0.f, b1 = lane / 4 == s % 8 + 1 ? 1.f : 0.f;
 #pragma unroll
         for (int m = 0; m < K / 2; m++) {
+            const float a[4] = {rounded(even[2 * m]), rounded(even[2 * m + 1]), rounded(odd[2 * m]), rounded(odd[2 * m + 1])};
             if (first) matrix[m][0] = matrix[m][1] = matrix[m][2] = matrix[m][3] = 0.f;
-            tensor_sum(matrix[m], rounded(over[2 * m]), rounded(over[2 * m + 1]), lane / 4 == s % 8 ? 1.f : 0.f);
+            tensor_sum(matrix[m], a, b0, b1);
             if (last) {
-                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * T + s / 8 * 8 + lane % 4 * 2) * SPACE + place;
-                to[state_index(2 * m, j)] = matrix[m][0];
-                to[state_index(2 * m + 1, j)] = matrix[m][2];
-                to[state_index(2 * m, j) + SPACE] = matrix[m][1];
-                to[state_index(2 * m + 1, j) + SPACE] = matrix[m][3];
+                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * WIDTH + place) * SPACE + s / 8 * 8 + lane % 4 * 2;
+                *(float2*)(to + state_index(2 * m, j) * SPACE) = make_float2(matrix[m][0], matrix[m][1]);
+                *(float2*)(to + state_index(2 * m + 1, j) * SPACE) = make_float2(matrix[m][2], matrix[m][3]);
             }
         }
     };
@@ -135,14 +138,19 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
     auto collect = [&](int chunk, int part) {  // over the warps, to memory; the blocks' sums are added up afterwards
         const int rows = p.length - chunk * CHUNK;
 #pragma unroll
-        for (int turn = 0; turn < TURNS(T * WIDTH); turn++) {
-            const int i = turn * NT + threadIdx.x, s = i / (WIDTH + !WIDTH), v = i % (WIDTH + !WIDTH), n = v % NP;
-            if (T * WIDTH % NT && i >= T * WIDTH) break;
-            float sum = 0.f;
+        for (int turn = 0; turn < TURNS(T / 2 * WIDTH); turn++) {
+            const int i = turn * NT + threadIdx.x, s = i / (WIDTH + !WIDTH) * 2, v = i % (WIDTH + !WIDTH), n = v % NP;
+            if (T / 2 * WIDTH % NT && i >= T / 2 * WIDTH) break;
+            float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) sum += sm.sums[(r * T + s) * SPACE + v];
-            if (part * T + s < rows && n < N)
-                partial[(i64)(chunk * CHUNK + part * T + s) * width + (v < NP ? 0 : N) + n] = sum;
+            for (int r = 0; r < ROWS; r++) {
+                const float2 q = *(const float2*)&sm.sums[(r * WIDTH + v) * SPACE + s];
+                sum.x += q.x;
+                sum.y += q.y;
+            }
+            float* to = partial + ((i64)chunk * CHUNK + part * T + s) * width + (v < NP ? 0 : N) + n;
+            if (part * T + s < rows && n < N) to[0] = sum.x;
+            if (part * T + s + 1 < rows && n < N) to[width] = sum.y;
         }
     };
 
@@ -191,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 read_states(start, saved + (i64)chunk * d * NP, j);  // again: h0 now belongs to the chunk before
             }
             float h[T][K], decays[KEEP ? T : 1][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
-            float tensor[TENSOR ? K / 2 : 1][4];
+            float tensor[TENSOR ? K / 2 : 1][4], over[2][TENSOR ? K : SUMS ? SUMS : 1];  // sums over channels
 #pragma unroll
             for (int first = 0; first < T; first += U) {
                 float sum[U];
@@ -210,10 +218,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
                     }
                     if constexpr (TENSOR && !CCONST) {
-                        float over[K];
 #pragma unroll
-                        for (int k = 0; k < K; k++) over[k] = q.z * h[s][k];
-                        tensor_add(tensor, over, s, s % 8 == 0, s % 8 == 7, AT_C);
+                        for (int k = 0; k < K; k++) over[s % 2][k] = q.z * h[s][k];
+                        if (s % 2) tensor_add(tensor, over[0], over[1], s - 1, s % 8 == 1, s % 8 == 7, AT_C);
                     }
                 }
                 if (HAS_Z) {
@@ -229,7 +236,6 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 for (int i = U - 1; i >= 0; i--) {
                     const int s = first + i;
                     const float4 q = sm.ready[c][part * T + s];
-                    float over[TENSOR ? K : SUMS ? SUMS : 1];
                     if (s % STEPS == STEPS - 1 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + s - STEPS + 1, j);
                     if (s % STEPS == STEPS - 1 && !CCONST) read_matrix<CHUNK>(Cv, sm.C, part * T + s - STEPS + 1, j);
                     through_a[i] = through_b[i] = 0.f;
@@ -241,19 +247,19 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                         dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
                         through_a[i] = fmaf(decay, a[k], through_a[i]);
                         through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
-                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[k] = gh * q.y;
-                        if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[SUMS - K + k] = q.z * h[s][k];
+                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = gh * q.y;
+                        if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[s % 2][SUMS - K + k] = q.z * h[s][k];
                     }
                     // dB, and dC if that is not done above: over the channels of the warp
-                    if constexpr (TENSOR && !BCONST) tensor_add(tensor, over, s, s % 8 == 7, s % 8 == 0, 0);
+                    if constexpr (TENSOR && !BCONST) if (s % 2 == 0) tensor_add(tensor, over[0], over[1], s, s % 8 == 6, s % 8 == 0, 0);
                     if constexpr (!TENSOR && SUMS) {
-                        sum_lanes<SUMS, log2_of(CHANNELS), L>(over, lane);
+                        sum_lanes<SUMS, log2_of(CHANNELS), L>(over[s % 2], lane);
                         const int share = lane / L % SHARE;
-                        float* to = sm.sums + (warp * T + s) * SPACE;
+                        float* to = sm.sums + warp * WIDTH * SPACE + s;
 #pragma unroll
                         for (int m = 0; m < SUMS / SHARE; m++) {
                             const int v = m * SHARE + share;
-                            if (lane / L < SHARE) to[!BCONST && v < K ? state_index(v, j) : AT_C + state_index(v - (SUMS - K), j)] = over[m];
+                            if (lane / L < SHARE) to[(!BCONST && v < K ? state_index(v, j) : AT_C + state_index(v - (SUMS - K), j)) * SPACE] = over[s % 2][m];
                         }
                     }
                 }
