@@ -15,9 +15,10 @@ import torch
 
 from anymamba import MambaConfig, checkpoint, explain
 from anymamba.cli import doctor, main, warmup
-from anymamba.cli.generate import Options, _answer
+from anymamba.cli.generate import DEFAULT_MODEL, Options, _answer
 from anymamba.data import load_tokenizer
 from anymamba.generate import SamplingConfig, generate
+from anymamba.train import evaluate, load_run
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 SIZES = ["--d-model", "32", "--n-layer", "2", "--seqlen", "64", "--eval-tokens", "512", "--final-tokens", "512",
@@ -99,6 +100,31 @@ def test_generate_options(trained, command):
     many = command(*base, "--n", 3, "--max-new-tokens", 9)[1]
     assert [line for line in many.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
     assert len(command("generate", path, "--max-new-tokens", 5)[1]) == 5 + 1  # without a prompt
+
+
+def test_generate_without_a_run_takes_the_model_of_the_package(trained, command):
+    arguments = ("--prompt", "It was", "--max-new-tokens", 20)
+    code, out, errors = command("generate", *arguments)
+    assert (code, errors) == (0, "")
+    assert out.startswith("It was")
+    assert len(out) > len("It was\n")
+    assert command("generate", DEFAULT_MODEL, *arguments)[1] == out
+    assert command("generate", trained[0], *arguments)[1] != out
+    assert "a small one if none" in " ".join(command("generate", "--help")[1].replace("│", " ").split())
+
+
+def test_the_model_of_the_package_is_in_the_wheel():
+    wheel = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(Path(__file__).parents[1]))
+    shipped = {file.distribution_path for file in wheel.recurse_included_files()}
+    names = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
+    assert shipped >= {f"anymamba/models/books/{name}" for name in names}
+
+
+def test_the_model_of_the_package_knows_english():
+    model, tokenizer = load_run(DEFAULT_MODEL)
+    text = "He was the first to come into the room, and when he had taken a chair he looked at her without a word."
+    assert evaluate(model, tokenizer.encode(text)).bits_per_byte < 2.2
+    assert (DEFAULT_MODEL / "model.safetensors").stat().st_size <= 16 << 20
 
 
 def test_interactive_keeps_the_state(trained, command):

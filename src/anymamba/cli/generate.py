@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,9 +18,12 @@ from anymamba.model import MambaLM
 from anymamba.state import MambaState
 from anymamba.train.runs import first_ids, load_run
 
-DESCRIPTION = """Continue a prompt with a trained model.
+DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "books"  # its README.md says what it is
+
+DESCRIPTION = """Continue a prompt with a trained model; without RUN with a small one that writes like old novels.
 
 examples:
+  anymamba generate --prompt "It was a dark night"
   anymamba generate runs/NAME --prompt "def main"
   anymamba generate runs/NAME --prompt "Once" --temperature 0.7 --top-p 0.9 --n 3
   anymamba generate runs/NAME --prompt - < question.txt
@@ -29,7 +33,7 @@ examples:
 
 @dataclass
 class Options:
-    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model
+    run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # folder of a run or model; a small one if none
     prompt: str | None = None  # text to continue; - reads standard input; without one the model begins a text
     interactive: bool = False  # turn by turn; Ctrl-C stops an answer, Ctrl-D ends
     echo: bool = True  # print the prompt before what follows
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"
         )
-    model, tokenizer = load_run(options.run, options.tokenizer)
+    model, tokenizer = load_run(options.run or DEFAULT_MODEL, options.tokenizer)
     sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     if options.interactive:
         _talk(model, tokenizer, options)

@@ -217,7 +217,7 @@ class Trainer:
             self.state = after.detach() if config.carry else None
         reading = self.update(losses, lr)
         self.step += 1
-        self.unread.append(Step(self.step, lr, begin, starts, reading))
+        self.unread.append(Step(self.step, lr, begin, time.monotonic(), starts, reading))
         self._settle(keep=self.ahead)
 
     def _settle(self, keep: int = 0) -> None:
@@ -231,7 +231,10 @@ class Trainer:
             if not math.isfinite(norm):
                 self._stop_nonfinite(step, f"norm of the gradient is {norm}", *step.starts[-1])
             begin, self.read = max(step.begin, self.read), time.monotonic()
-            self._log_step(step, sum(losses) / len(losses), norm, self.read - begin)
+            took = max(
+                self.read - begin, step.end - step.begin
+            )  # two may be read at once, neither took less than its host
+            self._log_step(step, sum(losses) / len(losses), norm, took)
 
     def _loss(self, index: int, state: MambaState | None, precision: str):
         ids, labels = self.batches.batch(index)

@@ -32,7 +32,8 @@ class Step:
 
     number: int
     lr: float
-    begin: float
+    begin: float  # when the host began with it, and when it had handed it over
+    end: float
     starts: list[tuple[int, MambaState | None]]  # of each pass: its batch, and the state that it went on from
     reading: Reading  # losses …, norm of the gradient
 
