@@ -798,3 +798,12 @@ def test_without_openmp_a_thread_pool_runs_the_same(monkeypatch):
     got = selective_scan(**arguments)
     assert used == [1]
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_differentiating_twice_is_refused():
+    arguments = scan_arguments(1, 6, 4, 3)
+    x = arguments["x"].requires_grad_()
+    y, _ = selective_scan(**arguments, backend="numba")
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(AnymambaError, match="selective_scan cannot be differentiated twice .* backend='reference' can"):
+        torch.autograd.grad(g.square().sum(), x)

@@ -269,3 +269,14 @@ def test_kernels_compile_without_spills(tmp_path):
         text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
         spilled = int(re.search(r"STACK:(\d+)", text).group(1))
         assert spilled <= SPILLS[cubin.name.split(".")[1]], f"{cubin.name}: {text}"
+
+
+def test_offsets_first_seen_in_inference_mode():
+    """What is kept of them serves training later."""
+    arguments = scan_arguments(1, 6, 4, 3, rows=2)
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int16)
+    with torch.inference_mode():
+        selective_scan(**arguments, cu_seqlens=cu_seqlens, backend="triton")
+    arguments["x"].requires_grad_()
+    selective_scan(**arguments, cu_seqlens=cu_seqlens, backend="triton")[0].sum().backward()
+    assert arguments["x"].grad is not None

@@ -159,7 +159,7 @@ def _common_dtype(x, dt, z):
     return torch.float32 if common == torch.float64 else common
 
 
-_known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, what the kernels take; None: itself)
+_known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, stream, what kernels take; None: itself)
 
 
 def _bounds(cu_seqlens, x, backend):
@@ -179,18 +179,23 @@ def _bounds(cu_seqlens, x, backend):
         return _placed(cu_seqlens, device)  # checked by the warm-up
     counted = not cu_seqlens.is_inference()  # tensors made in inference_mode have no version
     version = cu_seqlens._version if counted else 0
+    stream = (
+        torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    )  # whose order a copy keeps
     known = _known_bounds.get(cu_seqlens)
-    if known is None or known[:3] != (version, t, device) or not (counted or here):
+    if known is None or known[:4] != (version, t, device, stream) or not (counted or here):
         check_bounds(cu_seqlens, t)
-        placed = _placed(cu_seqlens, device)
-        known = (version, t, device, None if placed is cu_seqlens else placed)
+        with torch.inference_mode(False):  # kept, and used in any mode
+            placed = _placed(cu_seqlens, device)
+        known = (version, t, device, stream, None if placed is cu_seqlens else placed)
         _known_bounds[cu_seqlens] = known
-    return cu_seqlens if known[3] is None else known[3]
+    return cu_seqlens if known[4] is None else known[4]
 
 
 def _placed(cu_seqlens, device):
     dtype = cu_seqlens.dtype if cu_seqlens.dtype in (torch.int32, torch.int64) else torch.int64
-    return cu_seqlens.to(device, dtype, non_blocking=True).contiguous()
+    # a copy from pinned memory that nobody waits for would see what is written there next
+    return cu_seqlens.to(device, dtype, non_blocking=not cu_seqlens.is_pinned()).contiguous()
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------
@@ -222,8 +227,8 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
     others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
     _check_common(op, x, cu_seqlens, others)
     b, t, d = x.shape
-    if A.dim() != 2 or A.shape[0] != d:
-        _fail(op, "A", A, f"it must be (d, n) with d = {d}, the channels of x {tuple(x.shape)}")
+    if A.dim() != 2 or A.shape[0] != d or A.shape[1] == 0:
+        _fail(op, "A", A, f"it must be (d, n) with d = {d}, the channels of x {tuple(x.shape)}, and n ≥ 1")
     if A.is_complex():
         _fail(op, "A", A, "complex state matrices are not supported; use a real A")
     n = A.shape[1]

@@ -240,3 +240,17 @@ def _norm_vjp(ctx, dy, dtotal, _):
 
 
 register_autograd("anymamba::add_rms_norm", _norm_vjp, setup_context=_norm_setup)
+
+
+# ---- derivatives of derivatives --------------------------------------------------------------------------------
+
+
+def _refuse(name):
+    def vjp(ctx, *_):
+        raise AnymambaError(f"{name} cannot be differentiated twice by its kernels; backend='reference' can")
+
+    register_autograd(f"anymamba::{name}_backward", vjp)
+
+
+for _name in ("selective_scan", "causal_conv1d", "add_rms_norm"):
+    _refuse(_name)

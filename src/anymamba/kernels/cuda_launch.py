@@ -298,6 +298,7 @@ class Kernel:
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         doing = f"{shared} bytes of shared memory for {self.name}"
+        _make_context_current(self.index)  # a thread that has not used CUDA yet has none
         _check(driver.cuFuncSetAttribute(self._function, attribute, shared), doing)
         self._shared = shared
 

@@ -17,7 +17,7 @@ WIDEST = 64  # largest d_state; beyond, B and C of a chunk do not fit the shared
 
 def supports(n: int) -> bool:
     """Whether the kernels take this d_state."""
-    return n <= WIDEST
+    return 1 <= n <= WIDEST
 
 
 # ---- plans: from the shape alone, so that results do not depend on the machine or its mood ----------------------
@@ -136,8 +136,8 @@ def _backward_bytes(p, x, matrices, activations):
 
 
 def _rows(v):
-    """v (b,t,d) itself if its channels lie side by side, else a copy."""
-    return v if v is None or v.stride(2) == 1 else v.contiguous()
+    """v (b,t,d) itself if its channels lie side by side, else a copy. Kernels take strides of 32 bits."""
+    return v if v is None or (v.stride(2) == 1 and v.stride(1) < 1 << 31) else v.contiguous()
 
 
 def _matrix(v):
@@ -265,7 +265,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
         run(None, None, own, None, total)
         initial_state = call.chain(plan, own, total, A, initial_state, False)
     run(initial_state, y, final, saved if save else None, None)
-    return y, final[:, -1] if call.pieces == 1 else final[:, -1].contiguous(), saved
+    return y, _piece(final, -1), saved
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
@@ -283,7 +283,8 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     dz = None if z is None else torch.empty_like(dx)
     dA, dinitial, dD, dbias = call.empty(s, d, n), call.empty(s, d, n), call.empty(s, d), call.empty(s, d)
     fixed = [call.empty(s, d, n) if v.dim() == 2 else None for v in (B, C)]
-    varying = [None if v.dim() == 2 else v.new_empty(b, t, call.groups, n) for v in (B, C)]
+    new = torch.Tensor.new_empty if d else torch.Tensor.new_zeros  # without channels nothing is summed
+    varying = [None if v.dim() == 2 else new(v, (b, t, call.groups, n)) for v in (B, C)]
     partial = call.empty(call.groups * call.blocks(plan), b * t, sum(n for v in (B, C) if v.dim() == 4))
     if dA.numel():
         wide = _wide(d // call.groups, x, dt, z, dy, dx)
@@ -305,7 +306,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
             kernel.launch(grid, 256, 0, args)
     dB, dC = (_restore(*g) for g in zip(varying, fixed, (like_B, like_C), strict=True))
     dD, dbias = (None if v is None else g.sum(0).to(v.dtype) for v, g in ((like_D, dD), (like_bias, dbias)))
-    return dx, ddt, dA.sum(0), dB, dC, dD, dz, dbias, dinitial.view(-1, call.pieces, d, n)[:, 0].contiguous()
+    return dx, ddt, dA.sum(0), dB, dC, dD, dz, dbias, _piece(dinitial.view(call.sequences, call.pieces, d, n), 0)
 
 
 def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
@@ -320,6 +321,11 @@ def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
         WIDE=wide,
     )  # fmt: skip
     return call.chain(plan, own, total, A, dfinal_state, True)
+
+
+def _piece(v, which):
+    """That piece of each sequence, with memory of its own: whoever keeps it should not keep all pieces."""
+    return v[:, 0] if v.shape[1] == 1 else v[:, which].clone(memory_format=torch.contiguous_format)
 
 
 def _restore(varying, fixed, like):

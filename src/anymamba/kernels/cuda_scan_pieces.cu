@@ -12,7 +12,8 @@ extern "C" __global__ void scan_chain(const float* own, const float* total_step,
         for (i64 k = 0; k < pieces; k++) {
             const i64 piece = row * pieces + (backward ? pieces - 1 - k : k);
             starts[piece * d * N + place] = v;
-            v = fmaf(ex2(1.44269504f * a * total_step[piece * d + place / N]), v, own[piece * d * N + place]);
+            const float decay = ex2(1.44269504f * a * total_step[piece * d + place / N]);
+            v = v == 0.f ? own[piece * d * N + place] : fmaf(decay, v, own[piece * d * N + place]);  // inf * 0 is 0 here
         }
     }
 }
