@@ -805,5 +805,7 @@ def test_differentiating_twice_is_refused():
     x = arguments["x"].requires_grad_()
     y, _ = selective_scan(**arguments, backend="numba")
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(AnymambaError, match="selective_scan cannot be differentiated twice .* backend='reference' can"):
+    with pytest.raises(
+        AnymambaError, match=r"selective_scan cannot be differentiated twice .* backend='reference' can"
+    ):
         torch.autograd.grad(g.square().sum(), x)
