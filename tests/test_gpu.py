@@ -116,9 +116,27 @@ def test_scan_sizes(backend, b, t, d, n, dtype):
 
 
 @both
-@pytest.mark.parametrize("n", [1, 3, 4, 8, 20, 32, 64, 100, 128, 256, 257])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 20, 32, 64, 100, 128, 256, 257])
 def test_scan_state_sizes(backend, n):
     check_law("scan", backend, 2, 70, 48, n, dtype=torch.bfloat16 if n % 2 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("n", [1, 16, 64])
+def test_scan_on_a_gpu_with_little_shared_memory(n, dtype, monkeypatch):
+    from anymamba.kernels import cuda_scan
+
+    monkeypatch.setattr(cuda_scan, "_shared_limit", lambda _: 99 << 10)  # of sm_86 and sm_89
+    check_law("scan", "cuda", 2, 70, 264, n, dtype=dtype)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_scan_in_pieces_of_time(groups):
+    from anymamba.kernels import cuda_scan
+
+    assert cuda_scan.forward_plan(1, 2100, 24, 20)[0] > 1
+    assert cuda_scan.backward_plan(1, 2100, 24, 20)[0] > 1
+    check_law("scan", "cuda", 1, 2100, 24, 20, groups=groups, dtype=torch.bfloat16)
 
 
 @both
