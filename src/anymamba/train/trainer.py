@@ -231,9 +231,7 @@ class Trainer:
             if not math.isfinite(norm):
                 self._stop_nonfinite(step, f"norm of the gradient is {norm}", *step.starts[-1])
             begin, self.read = max(step.begin, self.read), time.monotonic()
-            took = max(
-                self.read - begin, step.end - step.begin
-            )  # two may be read at once, neither took less than its host
+            took = max(self.read - begin, step.end - step.begin)  # of two read at once, neither took less than its host
             self._log_step(step, sum(losses) / len(losses), norm, took)
 
     def _loss(self, index: int, state: MambaState | None, precision: str):
