@@ -6,9 +6,6 @@ is kept as dense tiles, and pointers to them are not specialized on alignment: e
 and a part of n, and every step would pass values between threads.
 """
 
-import contextlib
-
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -102,10 +99,6 @@ def chain(added, sums, A, first, chunks, blocks, N: tl.constexpr, LANES: tl.cons
 # ---- launches --------------------------------------------------------------------------------------------------
 
 SHORTEST = 128  # steps of a chunk of time; shorter ones would cost memory
-
-
-def on(device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def unit(v):

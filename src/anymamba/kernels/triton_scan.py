@@ -15,7 +15,6 @@ from anymamba.kernels.triton_common import (
     column,
     cut,
     keep_every,
-    on,
     rates,
     shared,
     sigmoid,
@@ -26,6 +25,7 @@ from anymamba.kernels.triton_common import (
     tiles,
     unit,
 )
+from anymamba.kernels.triton_sum import on
 
 STEPS = 4  # loaded at a time
 WANTED = 2112  # programs of one warp: four for each scheduler of a large GPU

@@ -17,7 +17,6 @@ from anymamba.kernels.triton_common import (
     column,
     cut,
     keep_every,
-    on,
     rates,
     shared,
     sigmoid,
@@ -29,6 +28,7 @@ from anymamba.kernels.triton_common import (
     unit,
 )
 from anymamba.kernels.triton_scan import layout
+from anymamba.kernels.triton_sum import on
 
 STEPS = 4  # whose states are in registers; `_merge` is made for four
 WANTED = 1056  # programs of one warp: as many as run at a time on a large GPU
