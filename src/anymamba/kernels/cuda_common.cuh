@@ -16,6 +16,14 @@ typedef long long i64;
 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float two_to(int k) { return __int_as_float((127 + k) << 23); }
+
+// Decays come doubled. Just below 0, where the decays lie that last, ex2.approx is 2e-8 too small on average, and that
+// adds up over a state's memory; with the argument raised by one it is as good as CUDA's expf, which does the same. So
+// what walks over the steps of a tile doubles at each: after step s it is 2^(s + 1) times the state, the inputs are
+// scaled alike when they are made ready, and one product a tile takes it back.
+__device__ __forceinline__ float twice_decay(float step, float a) { return ex2(fmaf(step, a, 1.f)); }
+
 // float32 inputs deserve the slower functions of CUDA's library; 16-bit inputs are coarser than these are wrong
 __device__ __forceinline__ float sigmoid(float v) {
     return XTYPE == 0 ? 1.f / (1.f + expf(-v)) : rcp(1.f + ex2(-1.44269504f * v));

@@ -12,7 +12,7 @@ struct Tiles {
 struct Shared {
     char raw[3][Tiles::bytes];
     char y[STATE_ONLY ? 1 : 2][PITCH(CB, X) * T];
-    float2 ready[2][CB][T + 2];  // step size, step size times input
+    float2 ready[2][CB][T + 2];  // step size; step size times input, doubled with each step
     float B[2][BCONST ? 4 : NP / V * MATRIX(T)], C[2][CCONST || STATE_ONLY ? 4 : NP / V * MATRIX(T)];
 };
 
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
                 float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift[m];
                 if (DT_SOFTPLUS) v = softplus(v);
                 if (s >= rows) v = 0.f;  // past the end nothing changes the state
-                sm.ready[tile & 1][c][s] = make_float2(v, v * XN::get(at<X>(raw, s, c)));
+                sm.ready[tile & 1][c][s] = make_float2(v, two_to(s + 1) * v * XN::get(at<X>(raw, s, c)));
                 if (STATE_ONLY) steps_sum[m] += v;
             }
         if (!BCONST) widen<BN, T>(sm.B[tile & 1], raw + Tiles::b);
@@ -107,8 +107,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
             float4 two[M];
             if (SAVE && first % CHUNK == 0 && (tile * T + first) % CHUNK == 0 && tile * T + first < p.length)
 #pragma unroll
-                for (int m = 0; m < M; m++) if (column(m) < p.channels)
-                    write_states(saved + ((i64)((tile * T + first) / CHUNK) * d + column(m)) * NP, h[m], j);
+                for (int m = 0; m < M; m++) if (column(m) < p.channels) {
+                    float now[K];
+#pragma unroll
+                    for (int k = 0; k < K; k++) now[k] = two_to(-first) * h[m][k];
+                    write_states(saved + ((i64)((tile * T + first) / CHUNK) * d + column(m)) * NP, now, j);
+                }
 #pragma unroll
             for (int i = 0; i < U; i++) {
                 if (i % STEPS == 0 && !BCONST) read_matrix<T>(Bv, sm.B[tile & 1], first + i, j);
@@ -120,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
                     sum[m][i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        h[m][k] = fmaf(ex2(step * a[m][k]), h[m][k], in * (BCONST ? fixed_B[m][k] : Bv[i % STEPS][k]));
+                        h[m][k] = fmaf(twice_decay(step, a[m][k]), h[m][k], in * (BCONST ? fixed_B[m][k] : Bv[i % STEPS][k]));
                         if (!STATE_ONLY) sum[m][i] = fmaf(h[m][k], CCONST ? fixed_C[m][k] : Cv[i % STEPS][k], sum[m][i]);
                     }
                 }
@@ -133,13 +137,17 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
                 for (int i = 0; i < U / L; i++) out[m][first / L + i] = sum[m][i];
             }
         }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < K; k++) h[m][k] *= two_to(-T);
         if (STATE_ONLY) continue;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 const int s = i * L + j, c = column(m);
-                float v = fmaf(skip[m], XN::get(at<X>(raw, s, c)), out[m][i]);
+                float v = fmaf(skip[m], XN::get(at<X>(raw, s, c)), two_to(-s - 1) * out[m][i]);
                 if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); v *= gate * sigmoid(gate); }
                 at<X>(sm.y[tile & 1], s, c) = XN::put(v);
             }

@@ -3,6 +3,9 @@
 // Of a chunk, forward saved the state before its first step. Within a chunk, parts of T steps from last to first:
 // walk forward and keep the T states in registers, then walk back with the gradient of the state. Where a chunk has
 // several parts, a first walk finds the states between them.
+//
+// Both walks double with each step (`twice_decay`): after step s of a part the state is 2^(s + 1) times itself, before it
+// its gradient 2^(T - s) times, so that the products of the two are all 2^T times what they should be.
 #include "cuda_common.cuh"
 
 #define PARTS (CHUNK / T)
@@ -37,7 +40,7 @@ struct Tiles {
 };
 struct Shared {
     char raw[2][Tiles::bytes];      // inputs; dx, ddt and dz take the places of x, dt and z
-    float4 ready[CB][CHUNK + 1];    // step size, step size times input, gradient before the gate, softplus'
+    float4 ready[CB][CHUNK + 1];    // step size, times input (doubled), gradient before the gate (doubled), softplus'
     float B[BCONST ? 4 : NP / V * MATRIX(CHUNK)], C[CCONST ? 4 : NP / V * MATRIX(CHUNK)];
     float sums[WIDTH ? ROWS * WIDTH * SPACE : 4];
     float between[PARTS > 1 ? (PARTS - 1) * NT * K : 4];
@@ -129,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
             float v = DT_SOFTPLUS ? softplus(raw_step) : raw_step, gate = 1.f;
             if (s >= rows) v = 0.f;
             if (HAS_Z) { gate = XN::get(at<X>(raw + Tiles::z, s, c)); gate *= sigmoid(gate); }
-            sm.ready[c][s] = make_float4(v, v * XN::get(at<X>(raw, s, c)), gate * XN::get(at<X>(raw + Tiles::dy, s, c)),
-                                         DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
+            sm.ready[c][s] = make_float4(v, two_to(s % T + 1) * v * XN::get(at<X>(raw, s, c)),
+                                         two_to(T - 1 - s % T) * gate * XN::get(at<X>(raw + Tiles::dy, s, c)), DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
         }
         if (!BCONST) widen<BN, CHUNK>(sm.B, raw + Tiles::b);
         if (!CCONST) widen<CN, CHUNK>(sm.C, raw + Tiles::c);
@@ -149,8 +152,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 sum.y += q.y;
             }
             float* to = partial + ((i64)chunk * CHUNK + part * T + s) * width + (v < NP ? 0 : N) + n;
-            if (part * T + s < rows && n < N) to[0] = sum.x;
-            if (part * T + s + 1 < rows && n < N) to[width] = sum.y;
+            if (part * T + s < rows && n < N) to[0] = two_to(-T) * sum.x;
+            if (part * T + s + 1 < rows && n < N) to[width] = two_to(-T) * sum.y;
         }
     };
 
@@ -183,10 +186,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     const float2 q = *(const float2*)&sm.ready[c][part * T + i];
                     if (i % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + i, j);
 #pragma unroll
-                    for (int k = 0; k < K; k++) v[k] = fmaf(ex2(q.x * a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                    for (int k = 0; k < K; k++) v[k] = fmaf(twice_decay(q.x, a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
                 }
 #pragma unroll
-                for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k];
+                for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k] = two_to(-T) * v[k];
             }
         }
 
@@ -212,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     sum[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        const float decay = ex2(q.x * a[k]);
+                        const float decay = twice_decay(q.x, a[k]);
                         if (KEEP) decays[s][k] = decay;
                         h[s][k] = fmaf(decay, s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
@@ -242,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         const float gh = fmaf(q.z, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]);  // of the state after this step
-                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : ex2(q.x * a[k]));
+                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : twice_decay(q.x, a[k]));
                         const float decay = g[k] * (s ? h[s ? s - 1 : 0][k] : start[k]);
                         dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
                         through_a[i] = fmaf(decay, a[k], through_a[i]);
@@ -271,18 +274,21 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     if ((L > U && j >= U) || s >= rows) continue;
                     const float4 q = sm.ready[c][s];
                     X& x_place = at<X>(raw, s, c);
-                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, through_b[i], 0.693147181f * through_a[i]);
+                    const float back = two_to(s % T + 1 - T), by_input = back * through_b[i], given = back * q.z;
+                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, by_input, 0.693147181f * two_to(-T) * through_a[i]);
                     if (HAS_Z) {
                         X& z_place = at<X>(raw + Tiles::z, s, c);
-                        const float gate = XN::get(z_place), sig = sigmoid(gate), given = XN::get(at<X>(raw + Tiles::dy, s, c));
-                        z_place = XN::put(given * fmaf(skip, xv, out[first / L + i]) * sig * fmaf(gate, 1.f - sig, 1.f));
+                        const float gate = XN::get(z_place), sig = sigmoid(gate), grad_y = XN::get(at<X>(raw + Tiles::dy, s, c));
+                        z_place = XN::put(grad_y * fmaf(skip, xv, two_to(-1 - s % T) * out[first / L + i]) * sig * fmaf(gate, 1.f - sig, 1.f));
                     }
-                    dD_sum = fmaf(q.z, xv, dD_sum);
+                    dD_sum = fmaf(given, xv, dD_sum);
                     dbias_sum += step_grad;
-                    x_place = XN::put(fmaf(q.x, through_b[i], skip * q.z));
+                    x_place = XN::put(fmaf(q.x, by_input, skip * given));
                     at<X>(raw + Tiles::dt, s, c) = XN::put(step_grad);
                 }
             }
+#pragma unroll
+            for (int k = 0; k < K; k++) g[k] *= two_to(-T);
             if (SUMS && part) { __syncthreads(); collect(chunk, part); __syncthreads(); }
         }
         arrived();
@@ -293,6 +299,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         if (HAS_Z) store_tile<X, CHUNK, CB, WIDE>(dz + (i64)chunk * CHUNK * dz_step, dz_step, raw + Tiles::z, rows, p.channels);
         if (chunk) prepare(chunk - 1);
     }
+#pragma unroll
+    for (int k = 0; k < K; k++) { dA_sum[k] *= two_to(-T); dB_sum[k] *= two_to(-T); dC_sum[k] *= two_to(-T); }
     if (real) {
         write_real(dA + place, dA_sum, j);
         write_real(dinitial + place, g, j);

@@ -24,7 +24,7 @@ struct Tiles {
 };
 struct Shared {
     char raw[3][Tiles::bytes];
-    float2 ready[2][CB][T + 2];  // step size, gradient before the gate
+    float2 ready[2][CB][T + 2];  // step size; gradient before the gate, doubled with each step back
     float C[2][CCONST ? 4 : NP / V * MATRIX(T)];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than the host gives");
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
                 if (DT_SOFTPLUS) v = softplus(v);
                 if (s >= rows) v = 0.f;
                 if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); given *= gate * sigmoid(gate); }
-                sm.ready[tile & 1][c][s] = make_float2(v, given);
+                sm.ready[tile & 1][c][s] = make_float2(v, two_to(T - 1 - s) * given);
                 steps_sum[m] += v;
             }
         if (!CCONST) widen<CN, T>(sm.C[tile & 1], raw + Tiles::c);
@@ -107,9 +107,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
                 if (s % 2) two[m] = *(const float4*)&sm.ready[tile & 1][column(m)][s - 1];
                 const float step = s % 2 ? two[m].z : two[m].x, given = s % 2 ? two[m].w : two[m].y;
 #pragma unroll
-                for (int k = 0; k < K; k++) g[m][k] = fmaf(given, CCONST ? fixed_C[m][k] : Cv[s % STEPS][k], g[m][k]) * ex2(step * a[m][k]);
+                for (int k = 0; k < K; k++) g[m][k] = fmaf(given, CCONST ? fixed_C[m][k] : Cv[s % STEPS][k], g[m][k]) * twice_decay(step, a[m][k]);
             }
         }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < K; k++) g[m][k] *= two_to(-T);
     }
 #pragma unroll
     for (int m = 0; m < M; m++) {
