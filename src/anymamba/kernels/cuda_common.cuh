@@ -146,6 +146,15 @@ template <int ROWS> __device__ __forceinline__ void read_matrix(float (&v)[STEPS
 
 // ---- a lane's K states of NP ----
 
+// Which of the L lanes of a channel a lane is, and of which channel of the block; LOW neighbours are of different ones.
+// Where lanes i and i ^ 1, or i and i ^ 2, all read the same 16 bytes of shared memory, a warp takes 2 clocks, else 4. With
+// LOW = 2 the former share B and C, and the latter what belongs to a channel; with two lanes a channel so they do anyhow.
+#define NEIGHBOURS (L == 2 ? 1 : 2)  // LOW of the forward walks
+template <int LOW> __device__ __forceinline__ int lane_of_channel() { return threadIdx.x % 32 / LOW % L; }
+template <int LOW> __device__ __forceinline__ int channel_of_lane() {
+    return threadIdx.x / 32 * (32 / L) + threadIdx.x % 32 / (LOW * L) * LOW + threadIdx.x % LOW;
+}
+
 __device__ __forceinline__ int state_index(int k, int j) { return k / V * V * L + j * V + k % V; }
 
 __device__ __forceinline__ void read_states(float (&v)[K], const float* row, int j) {

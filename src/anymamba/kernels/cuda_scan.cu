@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(ends, t, d, groups, pieces, piece);
-    const int lane = threadIdx.x % 32, j = threadIdx.x % L;
-    auto column = [&](int m) { return (int)threadIdx.x / L + m * (CB / M); };  // of the lane's channel m
+    const int lane = threadIdx.x % 32, j = lane_of_channel<NEIGHBOURS>(), first_column = channel_of_lane<NEIGHBOURS>();
+    auto column = [&](int m) { return first_column + m * (CB / M); };  // of the lane's channel m
     const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
 
     x += p.row * x_row + p.first * x_step + p.channel;
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
             if (STATE_ONLY) continue;
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                sum_lanes<U, log2_of(L), 1>(sum[m], lane);
+                sum_lanes<U, log2_of(L), NEIGHBOURS>(sum[m], lane);
 #pragma unroll
                 for (int i = 0; i < U / L; i++) out[m][first / L + i] = sum[m][i];
             }
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         if (column(m) < p.channels) write_real(final_state + place * N, h[m], j);
         if (STATE_ONLY) {
 #pragma unroll
-            for (int mask = 1; mask < L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
+            for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
             if (column(m) < p.channels && j == 0) total_step[place] = steps_sum[m];
         }
     }

@@ -14,7 +14,7 @@
 #define CHANNELS (32 / L)                           // of a warp
 #define SHARE (CHANNELS < SUMS ? CHANNELS : SUMS)   // lanes among which those sums end up
 #define AT_C (BCONST ? 0 : NP)
-#define TENSOR (XTYPE != 0 && SUMS && K > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
+#define TENSOR (XTYPE != 0 && SUMS && K > 1 && L > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
 #define LOW (TENSOR ? 4 : 1)                        // neighbouring lanes of different channels
 #define ROWS (TENSOR ? WARPS * CHANNELS / 4 : WARPS)
 #define SPACE (T + 2)                                // pitch of the sums of one state over time
@@ -59,8 +59,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(ends, t, d, groups, pieces, piece);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = lane / LOW % L;
-    const int c = warp * CHANNELS + lane / (LOW * L) * LOW + lane % LOW;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = lane_of_channel<LOW>(), c = channel_of_lane<LOW>();
     const int channel = p.channel + c, blocks = (int)((d / groups + CB - 1) / CB * groups);
     const bool real = c < p.channels;
     const i64 sequence = blockIdx.x / blocks, place = (sequence * d + channel) * N;
@@ -105,17 +104,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         commit();
     };
 
-    // Sums of K products over the warp's channels of two steps, as columns s % 8 and s % 8 + 1 of a matrix; for 8 steps one
-    // matrix. The products are rows, so the other factor is one in these columns and zero elsewhere.
-    auto tensor_add = [&](auto& matrix, const auto& even, const auto& odd, int s, bool first, bool last, int place) {
-        const float b0 = lane / 4 == s % 8 ? 1.f : 0.f, b1 = lane / 4 == s % 8 + 1 ? 1.f : 0.f;
+    // Sums over channels of K values times the channel's factor, of two steps. A row is a state of four channels; the
+    // factors of these, at a step, are one column, and zero at other steps: L columns for each four channels, so L steps
+    // fill a matrix. Of a row, the columns that belong to other channels are meaningless.
+    auto tensor_add = [&](auto& matrix, const auto& even, const auto& odd, float factor_even, float factor_odd, int s,
+                          bool first, bool last, int place) {
+        const float b0 = j == s % L ? rounded(factor_even) : 0.f, b1 = j == s % L + 1 ? rounded(factor_odd) : 0.f;
 #pragma unroll
         for (int m = 0; m < K / 2; m++) {
             const float a[4] = {rounded(even[2 * m]), rounded(even[2 * m + 1]), rounded(odd[2 * m]), rounded(odd[2 * m + 1])};
             if (first) matrix[m][0] = matrix[m][1] = matrix[m][2] = matrix[m][3] = 0.f;
             tensor_sum(matrix[m], a, b0, b1);
             if (last) {
-                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * WIDTH + place) * SPACE + s / 8 * 8 + lane % 4 * 2;
+                if (lane % 4 * 2 / L != lane / (4 * L)) continue;
+                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * WIDTH + place) * SPACE + s / L * L + lane % 4 * 2 % L;
                 *(float2*)(to + state_index(2 * m, j) * SPACE) = make_float2(matrix[m][0], matrix[m][1]);
                 *(float2*)(to + state_index(2 * m + 1, j) * SPACE) = make_float2(matrix[m][2], matrix[m][3]);
             }
@@ -202,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 read_states(start, saved + (i64)chunk * d * NP, j);  // again: h0 now belongs to the chunk before
             }
             float h[T][K], decays[KEEP ? T : 1][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
-            float tensor[TENSOR ? K / 2 : 1][4], over[2][TENSOR ? K : SUMS ? SUMS : 1];  // sums over channels
+            float tensor[TENSOR ? K / 2 : 1][4], over[2][TENSOR ? K : SUMS ? SUMS : 1], factor[2];  // for sums over channels
 #pragma unroll
             for (int first = 0; first < T; first += U) {
                 float sum[U];
@@ -220,11 +222,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                         h[s][k] = fmaf(decay, s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
                     }
-                    if constexpr (TENSOR && !CCONST) {
-#pragma unroll
-                        for (int k = 0; k < K; k++) over[s % 2][k] = q.z * h[s][k];
-                        if (s % 2) tensor_add(tensor, over[0], over[1], s - 1, s % 8 == 1, s % 8 == 7, AT_C);
-                    }
+                    factor[s % 2] = q.z;
+                    if constexpr (TENSOR && !CCONST)
+                        if (s % 2) tensor_add(tensor, h[s - 1], h[s], factor[0], factor[1], s - 1, s % L == 1, s % L == L - 1, AT_C);
                 }
                 if (HAS_Z) {
                     sum_lanes<U, log2_of(L), LOW>(sum, lane);
@@ -250,11 +250,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                         dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
                         through_a[i] = fmaf(decay, a[k], through_a[i]);
                         through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
-                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = gh * q.y;
+                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = TENSOR ? gh : gh * q.y;
                         if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[s % 2][SUMS - K + k] = q.z * h[s][k];
                     }
                     // dB, and dC if that is not done above: over the channels of the warp
-                    if constexpr (TENSOR && !BCONST) if (s % 2 == 0) tensor_add(tensor, over[0], over[1], s, s % 8 == 6, s % 8 == 0, 0);
+                    factor[s % 2] = q.y;
+                    if constexpr (TENSOR && !BCONST)
+                        if (s % 2 == 0) tensor_add(tensor, over[0], over[1], factor[0], factor[1], s, s % L == L - 2, s % L == 0, 0);
                     if constexpr (!TENSOR && SUMS) {
                         sum_lanes<SUMS, log2_of(CHANNELS), L>(over[s % 2], lane);
                         const int share = lane / L % SHARE;

@@ -37,8 +37,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(0, t, d, groups, pieces, piece);
-    const int j = threadIdx.x % L;
-    auto column = [&](int m) { return (int)threadIdx.x / L + m * (CB / M); };
+    const int j = lane_of_channel<NEIGHBOURS>(), first_column = channel_of_lane<NEIGHBOURS>();
+    auto column = [&](int m) { return first_column + m * (CB / M); };
     const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
 
     dt += p.row * dt_row + p.first * dt_step + p.channel;
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
         const i64 place = sequence * d + p.channel + column(m);
         if (column(m) < p.channels) write_real(own + place * N, g[m], j);
 #pragma unroll
-        for (int mask = 1; mask < L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
+        for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
         if (column(m) < p.channels && j == 0) total_step[place] = steps_sum[m];
     }
 }
