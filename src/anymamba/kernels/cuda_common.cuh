@@ -1,14 +1,13 @@
 // What the scan kernels share: number types, fast functions, tiles in shared memory, sums over lanes.
 //
-// A channel's state of NP = K * L numbers (N of them real) lies in L lanes, K in each one's registers. A lane has K states
-// of M channels, which share what it reads of B and C: shared memory gives 32 numbers a clock, and would be the limit. A
-// block has CB channels. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given
-// by cuda_scan.py, one compilation for each set of them.
+// A channel's state of NP = K * L numbers (N of them real) lies in L lanes, K in each one's registers. A block has CB
+// channels. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given by cuda_scan.py, one
+// compilation for each set of them.
 
 typedef long long i64;
 
 #define NP (K * L)
-#define NT (CB * L / M)
+#define NT (CB * L)
 #define WARPS (NT / 32)
 #define V (K < 4 ? K : 4)          // states that one load brings
 #define U (T < (L > 8 ? L : 8) ? T : (L > 8 ? L : 8))  // steps whose sums over lanes are made together

@@ -56,8 +56,8 @@ def _cost(blocks, times):
 
 @functools.lru_cache(1024)
 def forward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
-    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, M channels a
-    lane, tiles of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
+    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, tiles
+    of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
     size, best = padded(n), None
     for K, times in (FORWARD if size <= 32 else FORWARD_WIDE).items():
         if K > size or size // K > 16:
@@ -68,10 +68,10 @@ def forward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) ->
             cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
             cost = cost if pieces == 1 else 1.65 * cost + 0.03 * 2048 / t  # a pass that finds the states comes before
             if best is None or cost < 0.98 * best[0]:
-                plan = {"K": K, "L": L, "M": 1, "CB": CB, "T": 32 if K == 2 else 16, "BLOCKS": len(times)}
+                plan = {"K": K, "L": L, "CB": CB, "T": 32 if K == 2 else 16, "BLOCKS": len(times)}
                 best = cost, pieces, plan
     if best is None:  # fewer than 2 states
-        return 1, {"K": size, "L": 1, "M": 1, "CB": 128, "T": 16, "BLOCKS": 4}
+        return 1, {"K": size, "L": 1, "CB": 128, "T": 16, "BLOCKS": 4}
     return best[1:]
 
 
@@ -87,7 +87,7 @@ def backward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -
             cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
             cost = cost if pieces == 1 else cost + 0.12 * sequences * d * L / 65_536 + 0.04 * 2048 / t
             if best is None or cost < 0.98 * best[0]:
-                plan = {"K": K, "L": L, "M": 1, "CB": CB, "T": 16 if K <= 4 else 8, "BLOCKS": len(times), "KEEP": keep}
+                plan = {"K": K, "L": L, "CB": CB, "T": 16 if K <= 4 else 8, "BLOCKS": len(times), "KEEP": keep}
                 best = cost, pieces, plan
     return best[1:]
 
@@ -212,7 +212,7 @@ class _Call:
     def fit(self, plan, size, *args):
         """The plan, with fewer channels a block if this device has not enough shared memory, and its size in bytes."""
         limit = _shared_limit(self.x.device)
-        while (shared := size(plan, *args)) > limit and plan["CB"] * plan["L"] // plan["M"] > 32:
+        while (shared := size(plan, *args)) > limit and plan["CB"] * plan["L"] > 32:
             plan = plan | {"CB": plan["CB"] // 2, "BLOCKS": 2 * plan["BLOCKS"]}
         return plan, shared
 
@@ -223,7 +223,7 @@ class _Call:
     def launch(self, file, name, plan, shared, args, **defines):
         kernel = load(file, name, tuple((self.defines | plan | defines | {"SHARED": shared}).items()), self.x.device)
         count = self.groups * self.blocks(plan) * self.sequences * self.pieces
-        kernel.launch((count, 1, 1), plan["CB"] * plan["L"] // plan["M"], shared, args)
+        kernel.launch((count, 1, 1), plan["CB"] * plan["L"], shared, args)
 
     def chain(self, plan, own, total, A, first, backward):
         """What each piece begins with."""
