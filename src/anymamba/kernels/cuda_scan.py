@@ -1,6 +1,6 @@
 """Selective scan in CUDA C++, forward and backward: `cuda_scan*.cu`, compiled by NVRTC.
 
-Here is what the host does: choose how the states are spread over lanes, allocate, launch, add up the partial sums.
+Here is what the host does: allocate, launch what `cuda_plans` chose, give gradients their shapes.
 """
 
 import functools
@@ -8,6 +8,7 @@ import functools
 import torch
 
 from anymamba.kernels.cuda_launch import load, missing
+from anymamba.kernels.cuda_plans import backward_plan, chunk_length, forward_plan, pieces_of, saved_shape
 
 __all__ = ["missing", "saved_shape", "selective_scan", "selective_scan_backward", "supports"]
 
@@ -20,88 +21,7 @@ def supports(n: int) -> bool:
     return 1 <= n <= WIDEST
 
 
-# ---- plans: from the shape alone, so that results do not depend on the machine or its mood ----------------------
-
-
-def padded(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def chunk_length(n: int) -> int:
-    """Steps between the states that are saved for backward: at most 8 bytes a channel and step."""
-    return 16 if n <= 16 else 32
-
-
-def saved_shape(x_shape, A_shape, groups, sequences):
-    """Shape of the saved states: one every `chunk_length` steps of each sequence."""
-    d, n = A_shape
-    return x_shape[0] * x_shape[1] // chunk_length(n) + sequences + 1, d, padded(n)
-
-
-# Milliseconds that 2048 steps took with 1, 2, … blocks on each multiprocessor of an H200 (benchmarks/gpu_plans.py), for
-# each number K of states a lane: many cost less, few spread a small problem over more lanes.
-FORWARD = {4: (0.149, 0.179, 0.216, 0.268), 8: (0.241, 0.294, 0.373, 0.469), 2: (0.091, 0.107, 0.13, 0.159)}
-FORWARD_WIDE = {16: (0.305, 0.411, 0.566, 0.738), 8: (0.249, 0.295, 0.349, 0.437, 0.542, 0.672)}  # d_state over 32
-# Backward, for (threads of a block, KEEP).
-BACKWARD = {(128, 0): (0.395, 0.522, 0.672), (256, 0): (0.473,), (128, 1): (0.363, 0.489)}
-BACKWARD_WIDE = {(256, 1): (0.86,), (128, 1): (0.647, 0.929)}
-MULTIPROCESSORS = 132
-
-
-def _cost(blocks, times):
-    """Of that many blocks in waves that fill the chip, and a rest."""
-    full, rest = divmod(blocks, MULTIPROCESSORS * len(times))
-    return full * times[-1] + (times[-(-rest // MULTIPROCESSORS) - 1] if rest else 0)
-
-
-@functools.lru_cache(1024)
-def forward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
-    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, tiles
-    of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
-    size, best = padded(n), None
-    for K, times in (FORWARD if size <= 32 else FORWARD_WIDE).items():
-        if K > size or size // K > 16:
-            continue
-        L = size // K
-        CB = 128 // L
-        for pieces in _pieces(t, whole):
-            cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
-            cost = cost if pieces == 1 else 1.65 * cost + 0.03 * 2048 / t  # a pass that finds the states comes before
-            if best is None or cost < 0.98 * best[0]:
-                plan = {"K": K, "L": L, "CB": CB, "T": 32 if K == 2 else 16, "BLOCKS": len(times)}
-                best = cost, pieces, plan
-    if best is None:  # fewer than 2 states
-        return 1, {"K": size, "L": 1, "CB": 128, "T": 16, "BLOCKS": 4}
-    return best[1:]
-
-
-@functools.lru_cache(1024)
-def backward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
-    """As `forward_plan`; KEEP: whether the walk back finds the decays of the walk forward in registers."""
-    size, best = padded(n), None
-    K = min(4 if size <= 32 else 8, size)
-    L = size // K
-    for (threads, keep), times in (BACKWARD if size <= 32 else BACKWARD_WIDE).items():
-        CB = threads // L
-        for pieces in _pieces(t, whole):
-            cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
-            cost = cost if pieces == 1 else cost + 0.12 * sequences * d * L / 65_536 + 0.04 * 2048 / t
-            if best is None or cost < 0.98 * best[0]:
-                plan = {"K": K, "L": L, "CB": CB, "T": 16 if K <= 4 else 8, "BLOCKS": len(times), "KEEP": keep}
-                best = cost, pieces, plan
-    return best[1:]
-
-
-def _pieces(t, whole):
-    return (1,) if whole else range(1, max(1, min(64, t // 256)) + 1)
-
-
-def _step(t, pieces):
-    """(pieces, steps of each): whole chunks of saved states, so perhaps fewer pieces than asked for."""
-    if pieces == 1:
-        return 1, t
-    step = -(-t // (32 * pieces)) * 32
-    return -(-t // step), step
+# ---- shared memory ---------------------------------------------------------------------------------------------
 
 
 def _pitch(columns, size):
@@ -201,7 +121,7 @@ class _Call:
         self.groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
         choose = backward_plan if backward else forward_plan
         pieces, self.plan = choose(self.sequences, self.t, self.d, self.n, cu_seqlens is not None)
-        self.pieces, self.step = _step(self.t, pieces)
+        self.pieces, self.step = pieces_of(self.t, pieces)
         self.defines = {
             "XTYPE": TYPES[x.dtype], "BTYPE": TYPES[B.dtype], "CTYPE": TYPES[C.dtype], "N": self.n,
             "CHUNK": chunk_length(self.n), "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
@@ -220,16 +140,18 @@ class _Call:
         """Of channels in a group."""
         return -(-(self.d // self.groups) // plan["CB"])
 
+    def load(self, file, name, plan, **defines):
+        return load(file, name, tuple((self.defines | plan | defines).items()), self.x.device)
+
     def launch(self, file, name, plan, shared, args, **defines):
-        kernel = load(file, name, tuple((self.defines | plan | defines | {"SHARED": shared}).items()), self.x.device)
+        kernel = self.load(file, name, plan, **defines, SHARED=shared)
         count = self.groups * self.blocks(plan) * self.sequences * self.pieces
         kernel.launch((count, 1, 1), plan["CB"] * plan["L"], shared, args)
 
     def chain(self, plan, own, total, A, first, backward):
         """What each piece begins with."""
         starts = torch.empty_like(own)
-        defines = self.defines | plan | {"SHARED": 1 << 20, "WIDE": 0}
-        kernel = load("cuda_scan_pieces.cu", "scan_chain", tuple(defines.items()), self.x.device)
+        kernel = self.load("cuda_scan_pieces.cu", "scan_chain", plan, SHARED=1 << 20, WIDE=0)
         grid = (min(-(-self.b * self.d * self.n // 256), 65_535), 1, 1)
         args = (_at(own), _at(total), _at(A), _at(first), _at(starts), self.b, self.pieces, self.d, int(backward))
         kernel.launch(grid, 256, 0, args)
@@ -286,12 +208,14 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     plan, shared = call.fit(call.plan, _backward_bytes, x, (B, C), 3 if z is None else 4)
     dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
-    dA, dinitial, dD, dbias = call.empty(s, d, n), call.empty(s, d, n), call.empty(s, d), call.empty(s, d)
+    parts, dinitial = (call.empty(s, d, n), call.empty(s, d), call.empty(s, d)), call.empty(s, d, n)
+    make = torch.empty if dinitial.numel() else torch.zeros  # without steps nothing is summed
+    dA, dD, dbias = (make(v.shape[1:], dtype=v.dtype, device=v.device) for v in parts)
     fixed = [call.empty(s, d, n) if v.dim() == 2 else None for v in (B, C)]
     new = torch.Tensor.new_empty if d else torch.Tensor.new_zeros  # without channels nothing is summed
     varying = [None if v.dim() == 2 else new(v, (b, t, call.groups, n)) for v in (B, C)]
     partial = call.empty(call.groups * call.blocks(plan), b * t, sum(n for v in (B, C) if v.dim() == 4))
-    if dA.numel():
+    if dinitial.numel():
         wide = _wide(d // call.groups, x, dt, z, dy, dx)
         if call.pieces > 1:
             dfinal_state = _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide)
@@ -299,19 +223,17 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
             "cuda_scan_backward.cu", "scan_backward", plan, shared,
             (*_strided(x), *_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(B),
              *_strided_matrix(C), _at(D), _at(dt_bias), _at(dfinal_state), _at(cu_seqlens), _at(saved),
-             _at(dx), _at(ddt), _at(dz), d, d, _at(dA), _at(fixed[0]), _at(fixed[1]), _at(partial), _at(dD), _at(dbias),
-             _at(dinitial), t, d, call.groups, call.pieces, call.step, b * t),
+             _at(dx), _at(ddt), _at(dz), d, d, _at(parts[0]), _at(fixed[0]), _at(fixed[1]), _at(partial), _at(parts[1]),
+             _at(parts[2]), _at(dinitial), t, d, call.groups, call.pieces, call.step, b * t),
             WIDE=wide,
         )  # fmt: skip
-        if partial.numel():
-            defines = call.defines | plan | {"SHARED": shared, "WIDE": wide}
-            kernel = load("cuda_scan_backward.cu", "scan_collect", tuple(defines.items()), x.device)
-            grid = (min(-(-b * t * call.groups * partial.shape[2] // 256), 1 << 20), 1, 1)
-            args = (_at(partial), _at(varying[0]), _at(varying[1]), b * t, call.groups, call.blocks(plan))
-            kernel.launch(grid, 256, 0, args)
+        kernel = call.load("cuda_scan_backward.cu", "scan_collect", plan, SHARED=shared, WIDE=wide)
+        grid = (min(-(-max(b * t * call.groups * partial.shape[2], d * n) // 256), 1 << 20), 1, 1)
+        sums = (*map(_at, (partial, *varying)), b * t, call.groups, call.blocks(plan), *map(_at, parts))
+        kernel.launch(grid, 256, 0, (*sums, _at(dA), _at(dD), _at(dbias), s, d))
     dB, dC = (_restore(*g) for g in zip(varying, fixed, (like_B, like_C), strict=True))
-    dD, dbias = (None if v is None else g.sum(0).to(v.dtype) for v, g in ((like_D, dD), (like_bias, dbias)))
-    return dx, ddt, dA.sum(0), dB, dC, dD, dz, dbias, _piece(dinitial.view(call.sequences, call.pieces, d, n), 0)
+    dD, dbias = (None if v is None else g.to(v.dtype) for v, g in ((like_D, dD), (like_bias, dbias)))
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, _piece(dinitial.view(call.sequences, call.pieces, d, n), 0)
 
 
 def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):

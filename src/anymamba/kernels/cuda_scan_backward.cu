@@ -317,16 +317,27 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
     if (real && j == 0) { dD[sequence * d + channel] = dD_sum; dbias[sequence * d + channel] = dbias_sum; }
 }
 
-// The blocks' sums of dB and dC, in a fixed order: partial (groups * blocks, tokens, width) -> (tokens, groups, N) each.
-extern "C" __global__ void scan_collect(const float* partial, BN::type* dB, CN::type* dC, i64 tokens, i64 groups, i64 blocks) {
+// Sums in a fixed order: of dB and dC over the blocks, partial (groups * blocks, tokens, width) -> (tokens, groups, N)
+// each; of dA, dD and dbias over sequences and pieces, `parts` of them.
+extern "C" __global__ void scan_collect(const float* partial, BN::type* dB, CN::type* dC, i64 tokens, i64 groups, i64 blocks,
+                                        const float* dA_parts, const float* dD_parts, const float* dbias_parts,
+                                        float* dA, float* dD, float* dbias, i64 parts, i64 d) {
     constexpr int width = (BCONST ? 0 : N) + (CCONST ? 0 : N);
-    const i64 count = tokens * width;
-    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < count * groups; i += (i64)gridDim.x * blockDim.x) {
+    const i64 me = blockIdx.x * (i64)blockDim.x + threadIdx.x, all = gridDim.x * (i64)blockDim.x, count = tokens * width;
+    auto sum = [](const float* from, i64 step, i64 many) {
+        float v = 0.f;
+        for (i64 k = 0; k < many; k++) v += from[k * step];
+        return v;
+    };
+    for (i64 i = me; i < count * groups; i += all) {
         const i64 group = i / count, place = i % count, token = place / width, v = place % width;
-        const float* from = partial + group * blocks * count + place;
-        float sum = 0.f;
-        for (i64 k = 0; k < blocks; k++) sum += from[k * count];
-        if (!BCONST && v < N) dB[(token * groups + group) * N + v] = BN::put(sum);
-        else dC[(token * groups + group) * N + v - (BCONST ? 0 : N)] = CN::put(sum);
+        const float total = sum(partial + group * blocks * count + place, count, blocks);
+        if (!BCONST && v < N) dB[(token * groups + group) * N + v] = BN::put(total);
+        else dC[(token * groups + group) * N + v - (BCONST ? 0 : N)] = CN::put(total);
+    }
+    for (i64 i = me; i < d * N; i += all) dA[i] = sum(dA_parts + i, d * N, parts);
+    for (i64 i = me; i < d; i += all) {
+        dD[i] = sum(dD_parts + i, d, parts);
+        dbias[i] = sum(dbias_parts + i, d, parts);
     }
 }
