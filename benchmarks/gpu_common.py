@@ -187,11 +187,16 @@ def eager_times(call: Callable, budget: float = 0.4, warm: int = 2, least: int =
 # ---- what the GPU can do ---------------------------------------------------------------------------------------
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of 1 GiB. By a kernel: in a graph a copy would go to the slower copy engine."""
-    x = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
+def copy_times(size: int) -> list[float]:
+    """Seconds to read `size` / 2 bytes and write as many, by a kernel: in a graph a copy goes to the copy engine."""
+    x = torch.randn(size // 4, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    return 2 * x.numel() * x.element_size() / median(graph_times(lambda: torch.neg(x, out=y), 0.1))
+    return graph_times(lambda: torch.neg(x, out=y), 0.1)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of 1 GiB."""
+    return (1 << 31) / median(copy_times(1 << 31))
 
 
 def matmul_rate(size: int = 8192) -> float:

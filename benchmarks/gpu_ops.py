@@ -4,6 +4,7 @@
 
 Floors, over the measured copy bandwidth: convolution forward x, y; with backward x, dy, dx more. Norm (x and the output
 bf16, residual stream float32): forward x, residual, total, output; with backward dy, dtotal, total, dx, dresidual more.
+Beside them a plain copy of as many bytes: kernels that short do not reach the bandwidth, which is that of 2 GiB.
 Earlier, measured in the same way on one NVIDIA H200: causal-conv1d 1.7.0 with (b,t,d) 1.5 and 2.0 times the floor,
 mamba-ssm's Triton norm 1.1 and 2.2.
 """
@@ -12,7 +13,7 @@ import torch
 
 from anymamba import ops, reference
 from common import median
-from gpu_common import GpuReport, graph_times, options, verdict
+from gpu_common import GpuReport, copy_times, graph_times, options, verdict
 from gpu_exact import relative
 
 CUDA = {"device": "cuda"}
@@ -87,9 +88,9 @@ def row(report, name):
 
     for what, call, size, target in zip(("fwd", "fwd+bwd"), (forward, both), moved, targets, strict=True):
         times = graph_times(call, 0.2)
-        over = median(times) * report.bandwidth / size
-        text = f"{over:5.2f}× bytes {verdict(over, target)}  {said}"
-        report.timed(f"{name} {what}", times, text, over_bytes=over, target=target, accuracy=said)
+        over, copy = median(times) * report.bandwidth / size, median(times) / median(copy_times(size))
+        text = f"{over:5.2f}× bytes {verdict(over, target)}, {copy:5.2f}× a copy  {said}"
+        report.timed(f"{name} {what}", times, text, over_bytes=over, over_copy=copy, target=target, accuracy=said)
 
 
 def main() -> int:
