@@ -21,6 +21,7 @@ from anymamba.train import TrainConfig, checkpointing, evaluate, hardware, log, 
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Silent
 from anymamba.train.interrupt import Interrupt
+from anymamba.train.passes import Passes
 from anymamba.train.runs import typical_start
 from anymamba.train.schedule import Every, learning_rate
 from anymamba.train.trainer import Trainer
@@ -529,19 +530,18 @@ def test_nan_names_the_parameter(text, tmp_path, monkeypatch):
 
 def test_nan_that_is_found_late_has_changed_nothing(text, tmp_path, monkeypatch):
     """As on a GPU, whose next step is under way before the loss of the last one is known."""
-    real, trainers = Trainer._loss, []
+    real, begin, trainers = Passes.loss, Trainer._begin, []
 
     def loss(self, index, *rest):
-        self.ahead = 2
-        trainers.append(self)
         value, state = real(self, index, *rest)
         return value * (math.nan if index == 2 else 1), state
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Trainer, "_begin", lambda self: (begin(self), setattr(self, "ahead", 2), trainers.append(self)))
+    monkeypatch.setattr(Passes, "loss", loss)
     with pytest.raises(AnymambaError, match=r"step 3: the loss is nan(.|\n)*no checkpoint yet"):
         train(config(text, tmp_path, steps=9, eval_every=100, sample_every=100))
     assert (trainers[0].step, [r["step"] for r in log.read(tmp_path / "run")]) == (5, [1, 2])
-    monkeypatch.setattr(Trainer, "_loss", real)
+    monkeypatch.undo()
     stopped = train(config(text, tmp_path, steps=9, out=str(tmp_path / "other")), StopAfter(2))
     for late, good in zip(trainers[0].model.parameters(), stopped.model.parameters(), strict=True):
         assert torch.equal(late, good)
@@ -572,6 +572,18 @@ def test_a_step_on_a_gpu_does_not_wait(text, tmp_path, options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.log.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"carry": True}], ids=str)
+def test_a_cuda_graph_changes_nothing(text, tmp_path, options):
+    options = {"steps": 9, "device": "cuda", "precision": "bf16", "save_every": 5} | options
+    train(config(text, tmp_path, graph=False, out=str(tmp_path / "issued"), **options))
+    train(config(text, tmp_path, **options))
+    assert_same_run(tmp_path / "issued", tmp_path / "run", 9)
+    assert train(config(text, tmp_path, out=str(tmp_path / "again"), **options), StopAfter(6)).interrupted
+    resume(tmp_path / "again")
+    assert_same_run(tmp_path / "run", tmp_path / "again", 9)
 
 
 def test_inf_names_the_layer(text, tmp_path, monkeypatch):

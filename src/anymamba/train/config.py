@@ -57,6 +57,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is faster, tried out at the start
     device: str = "auto"  # auto: a GPU if there are kernels for it, else the CPU
+    graph: bool = True  # on a GPU, launch a pass as one CUDA graph
     seed: int = 0
 
     # reporting

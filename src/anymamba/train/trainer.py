@@ -6,14 +6,13 @@ Axes: b batch, t time.
 import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from anymamba import checkpoint
-from anymamba.data import Batches, Tokenizer, cu_seqlens_at_eos, load_tokenizer, prepare
+from anymamba.data import Batches, Tokenizer, load_tokenizer, prepare
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
 from anymamba.model import MambaLM
@@ -23,9 +22,10 @@ from anymamba.train.config import TrainConfig
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Display, Silent
 from anymamba.train.evaluate import Evaluation, eval_mode, evaluate
-from anymamba.train.hardware import autocast, choose_device, choose_precision, random_numbers, to_device
+from anymamba.train.hardware import choose_device, choose_precision
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
+from anymamba.train.passes import Passes
 from anymamba.train.runs import first_ids, text_digest, typical_start
 from anymamba.train.schedule import Every, learning_rate
 from anymamba.train.update import Step, Update
@@ -101,6 +101,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = MambaLM(config.model_config(tokenizer.vocab_size)).to(self.device)
         self.model.recompute, self.model.dropout = config.recompute, config.dropout
+        self.passes = Passes(self.model, config, self.batches, self.data.eos_id)
         self.update = Update(self.model, config)
         self.step = 0  # steps handed to the device
         self.unread: list[Step] = []  # those of them whose loss has not been looked at
@@ -194,6 +195,8 @@ class Trainer:
             self.precision, why = choose_precision(config.precision, self.device, self._try_precision)
             self.display.note(f"precision {self.precision}: {why}")
         self._try_precision(self.precision)  # kernels are compiled here, not on the run's time
+        if why_not := self.passes.record(self.precision):
+            self.display.note(why_not)
         size, text = self.model.num_params(), len(self.data.train)
         self.display.note(f"{size / 1e6:.2f}M parameters, {text / 1e6:.2f}M tokens of text, run in {self.folder}")
         self.began = time.monotonic()
@@ -210,8 +213,7 @@ class Trainer:
         for micro in range(config.accumulate):
             index = self.step * config.accumulate + micro
             before = None if self.batches.starts_fresh(index) else self.state
-            loss, after = self._loss(index, before, self.precision)
-            (loss / config.accumulate).backward()
+            loss, after = self.passes.backward(index, before, self.precision)
             losses.append(loss)
             starts.append((index, before))
             self.state = after.detach() if config.carry else None
@@ -234,18 +236,6 @@ class Trainer:
             took = max(self.read - begin, step.end - step.begin)  # of two read at once, neither took less than its host
             self._log_step(step, sum(losses) / len(losses), norm, took)
 
-    def _loss(self, index: int, state: MambaState | None, precision: str):
-        ids, labels = self.batches.batch(index)
-        cu_seqlens = None
-        if self.config.packed:
-            cu_seqlens = cu_seqlens_at_eos(ids, self.data.eos_id)
-            ids, labels = ids.view(1, -1), labels.view(1, -1)
-        ids, labels = to_device(ids, self.device), to_device(labels, self.device)
-        seed, device = self.config.seed, self.device
-        with autocast(precision, device), random_numbers(seed, index, device) if self.config.dropout else nullcontext():
-            out = self.model(ids, state=state, cu_seqlens=cu_seqlens, labels=labels)
-        return out.loss, out.state
-
     def _schedule_progress(self) -> float:
         """Progress at the end of the coming step: the first one moves, and the last one has the lowest rate."""
         if self.config.steps is not None:
@@ -254,7 +244,8 @@ class Trainer:
         return min(1.0, (self.seconds + mean) / self.config.seconds)
 
     def _stop_nonfinite(self, step: Step, what: str, index: int, before: MambaState | None):
-        where = first_nonfinite(self.model, lambda: self._loss(index, before, self.precision)[0])
+        self.passes.release()
+        where = first_nonfinite(self.model, lambda: self.passes.loss(index, before, self.precision)[0])
         other = "" if self.precision == "fp32" else ", --precision fp32"
         last = "there is no checkpoint yet: start again"
         if self.saved_step is not None:
@@ -265,7 +256,7 @@ class Trainer:
         )
 
     def _try_precision(self, precision: str) -> None:
-        self._loss(0, None, precision)[0].backward()
+        self.passes.loss(0, None, precision)[0].backward()
         self.model.zero_grad(set_to_none=True)
 
     # ---- what is said and saved ----
