@@ -24,8 +24,14 @@ class Passes:
 
     def loss(self, index: int, state: MambaState | None, precision: str) -> tuple[Tensor, MambaState]:
         """The loss and the state after the batch."""
+        ids, labels = self.batches.batch(index)
+        cu_seqlens = None
+        if self.config.packed:
+            cu_seqlens = cu_seqlens_at_eos(ids, self.eos_id)  # on the CPU: nobody waits for them
+            ids, labels = ids.view(1, -1), labels.view(1, -1)
+        ids, labels = (to_device(v, self.model.device) for v in (ids, labels))
         with self._random_numbers(index):
-            return self._forward(*self._batch(index), state, precision)
+            return self.forward(ids, labels, state, precision, cu_seqlens)
 
     def backward(self, index: int, state: MambaState | None, precision: str) -> tuple[Tensor, MambaState]:
         """`loss`, and its gradients added to those of the parameters."""
@@ -54,15 +60,8 @@ class Passes:
         """Give back the graph's memory."""
         self._recorded = None
 
-    def _batch(self, index):
-        ids, labels = self.batches.batch(index)
-        return to_device(ids, self.model.device), to_device(labels, self.model.device)
-
-    def _forward(self, ids, labels, state, precision):
-        cu_seqlens = None
-        if self.config.packed:
-            cu_seqlens = cu_seqlens_at_eos(ids, self.eos_id)
-            ids, labels = ids.view(1, -1), labels.view(1, -1)
+    def forward(self, ids: Tensor, labels: Tensor, state: MambaState | None, precision: str, cu_seqlens=None):
+        """`loss` of ids and labels that are on the device."""
         with autocast(precision, self.model.device):
             out = self.model(ids, state=state, cu_seqlens=cu_seqlens, labels=labels)
         return out.loss, out.state
@@ -78,13 +77,13 @@ class _Recorded:
     def __init__(self, passes: Passes, precision: str):
         model, config = passes.model, passes.config
         self.parameters = list(model.parameters())
-        self.ids, self.labels = passes._batch(0)
+        self.ids, self.labels = (to_device(v, model.device) for v in passes.batches.batch(0))
         dtype = torch.bfloat16 if precision == "bf16" else None
         self.state = MambaState.zeros(model.config, config.batch_size, device=model.device, dtype=dtype)
         model.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            loss, after = passes._forward(self.ids, self.labels, self.state, precision)
+            loss, after = passes.forward(self.ids, self.labels, self.state, precision)
             loss.backward()
         self.loss, self.after = loss.detach(), after.detach()
         self.gradients = [p.grad for p in self.parameters]
