@@ -188,13 +188,16 @@ def read(model, ids, state):
     out.loss.backward()
     return out.state.detach()
 
-def work(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank, store, backend):
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    ids = torch.randint(50, (3, 4, 14))
+    ids = torch.randint(50, (3, 4, 14)).to(device)
     for tied in (True, False):
-        alone = MambaLM(MambaConfig(vocab_size=50, d_model=16, n_layer=2, tie_embeddings=tied))
-        shared = MambaLM(alone.config)
+        alone = MambaLM(MambaConfig(vocab_size=50, d_model=16, n_layer=2, tie_embeddings=tied)).to(device)
+        shared = MambaLM(alone.config).to(device)
         shared.load_state_dict(alone.state_dict())
         shared.recompute = tied
         wrapped = DistributedDataParallel(shared)
@@ -211,7 +214,7 @@ for rank in range(2):
     pid = os.fork()
     if pid == 0:
         try:
-            work(rank, sys.argv[1])
+            work(rank, *sys.argv[1:])
         except BaseException:
             import traceback
             traceback.print_exc()
@@ -223,9 +226,12 @@ sys.exit(any(os.waitpid(pid, 0)[1] for pid in children))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forks")
-def test_data_parallel_is_a_larger_batch(tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_data_parallel_is_a_larger_batch(backend, tmp_path):
     """Two processes with half of the rows each have the gradients of one with all, also through a carried state."""
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "store")]
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "store"), backend]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
