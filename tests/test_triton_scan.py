@@ -74,7 +74,7 @@ def test_state_sizes(t, n):
 @interpreted
 @pytest.mark.parametrize(("b", "d", "n"), [(3, 1, 2), (2, 33, 2), (1, 70, 16)])
 def test_batches_and_blocks_of_channels(b, d, n):
-    """70 channels with n = 16 are three blocks; two of them share partial sums."""
+    """70 channels with n = 16 are three blocks, 33 with n = 2 are two."""
     check_law(scan_arguments(b, 5, d, n))
 
 

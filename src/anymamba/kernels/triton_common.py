@@ -61,10 +61,12 @@ def span(bounds, s, chunk, t, length, KEEP: tl.constexpr):
 @triton.jit
 def column(fixed, p, j, n: tl.constexpr, VARIES: tl.constexpr):
     """B or C at a step: that row as [N, 1], or if it does not vary in time the tile."""
-    if VARIES:
-        return tl.load(p + j, mask=j < n, other=0.0)[:, None]
-    else:
+    if not VARIES:
         return fixed
+    elif j.shape[0] == n:
+        return tl.load(p + j)[:, None]
+    else:
+        return tl.load(p + j, mask=j < n, other=0.0)[:, None]
 
 
 @triton.jit

@@ -32,11 +32,20 @@ WANTED = 2112  # programs of one warp: four for each scheduler of a large GPU
 
 
 @triton.jit
-def _load(p, row_stride, channel, some, STEPS: tl.constexpr):
-    """The next steps, one [lanes] each; nothing is read unless `some`."""
+def _load(p, row_stride, channel, STEPS: tl.constexpr):
+    """The next steps, one [lanes] each."""
     rows = ()
-    for i in tl.static_range(STEPS):
-        rows += (tl.load(p + (i * row_stride + channel), mask=some),)
+    for k in tl.static_range(STEPS):
+        rows += (tl.load(p + (k * row_stride + channel)),)
+    return rows
+
+
+@triton.jit
+def _columns(fixed, p, row_stride, j, n: tl.constexpr, STEPS: tl.constexpr, VARIES: tl.constexpr):
+    """B or C at the next steps."""
+    rows = ()
+    for k in tl.static_range(STEPS):
+        rows += (column(fixed, p + k * row_stride, j, n, VARIES),)
     return rows
 
 
@@ -101,26 +110,31 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
     wide = s * 0  # makes offsets 64-bit
     groups_of_steps = count // STEPS
-    some = lane < LANES * tl.minimum(groups_of_steps, 1)  # a mask that is one number fails in Triton's interpreter
-    dts, xs = _load(dt, dt_t, channel, some, STEPS), _load(x, x_t, channel, some, STEPS)
-    zs = _load(z, z_t, channel, some, STEPS) if z is not None else xs
-    for i in range(groups_of_steps):
-        if saved is not None and i % (KEEP // STEPS) == 0:
-            tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
-        ahead = wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
-        next_dts = _load(dt + ahead * dt_t, dt_t, channel, some, STEPS)
-        next_xs = _load(x + ahead * x_t, x_t, channel, some, STEPS)
-        next_zs = _load(z + ahead * z_t, z_t, channel, some, STEPS) if z is not None else next_xs
-        here = wide + i * STEPS
-        for k in tl.static_range(STEPS):
-            b = column(B_tile, B + here * B_t + k * B_t, j, n, B_fixed is None)
-            c = column(C_tile, C + here * C_t + k * C_t, j, n, OUT and C_fixed is None)
-            h, size, out = _step(h, a, dts[k], xs[k], zs[k], b, c, bias, skip, SOFTPLUS, z is not None, OUT)
-            if OUT:
-                tl.store(y + here * d + (k * d + channel), out.to(y.dtype.element_ty), mask=inside)
-            else:
-                total += size
-        dts, xs, zs = next_dts, next_xs, next_zs
+    if groups_of_steps > 0:
+        dts, xs = _load(dt, dt_t, channel, STEPS), _load(x, x_t, channel, STEPS)
+        zs = _load(z, z_t, channel, STEPS) if z is not None else xs
+        bs = _columns(B_tile, B, B_t, j, n, STEPS, B_fixed is None)
+        cs = _columns(C_tile, C, C_t, j, n, STEPS, OUT and C_fixed is None)
+        for i in range(groups_of_steps):
+            if saved is not None and i % (KEEP // STEPS) == 0:
+                tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
+            ahead = wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
+            next_dts = _load(dt + ahead * dt_t, dt_t, channel, STEPS)
+            next_xs = _load(x + ahead * x_t, x_t, channel, STEPS)
+            next_zs = _load(z + ahead * z_t, z_t, channel, STEPS) if z is not None else next_xs
+            outs, next_bs, next_cs = (), (), ()
+            for k in tl.static_range(STEPS):
+                h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, SOFTPLUS, z is not None, OUT)
+                next_bs += (column(B_tile, B + ahead * B_t + k * B_t, j, n, B_fixed is None),)
+                next_cs += (column(C_tile, C + ahead * C_t + k * C_t, j, n, OUT and C_fixed is None),)
+                outs += (out,)
+                if not OUT:
+                    total += size
+            if OUT:  # after all loads, which would wait for it
+                for k in tl.static_range(STEPS):
+                    to = y + (wide + i * STEPS) * d + (k * d + channel)
+                    tl.store(to, outs[k].to(y.dtype.element_ty), mask=inside)
+            dts, xs, zs, bs, cs = next_dts, next_xs, next_zs, next_bs, next_cs
 
     rest = groups_of_steps * STEPS
     if saved is not None and (rest < count) & (rest % KEEP == 0):

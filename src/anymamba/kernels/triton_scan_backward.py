@@ -307,7 +307,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     N, lanes, warps = tile(n, 16)
     per_group = triton.cdiv(d // groups, lanes)
     blocks = groups * per_group
-    share = min(16, triton.cdiv(4 * n, lanes), max(per_group, 1))  # bounds the memory of partial sums
+    share = min(triton.cdiv(n, 4 * lanes), max(per_group, 1))  # partial sums take at most 32 bytes an element
     shares = groups * triton.cdiv(per_group, share)
     chunks, length = cut(sequences * shares, t, n, WANTED, cu_seqlens)
 
