@@ -89,10 +89,7 @@ def check_law(op, backend, *sizes, extra=(), slack=4, **options):
     arguments, extra, plain, exact = expected(op, sizes, tuple(options.items()), tuple(extra))
     got = compute(op, backend, arguments, **extra)
     for name, want in exact.items():
-        # A known shortfall, not a right: float32 results (states, dA, sums over time) have up to 9 times the error of
-        # plain torch, see "Accuracy" in docs/decisions.md. Here they may have 32 units in the last place, elsewhere 4.
-        coarse = 32 if op == "scan" and want.dim() and got[name].dtype == torch.float32 else slack
-        assert_law(got[name], plain[name], want, name, coarse)
+        assert_law(got[name], plain[name], want, name, slack)
 
 
 # ---- the law ---------------------------------------------------------------------------------------------------

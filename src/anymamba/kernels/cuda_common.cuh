@@ -1,14 +1,13 @@
 // What the scan kernels share: number types, fast functions, tiles in shared memory, sums over lanes.
 //
-// A channel's state of NP = K * L numbers (N of them real) lies in L lanes, K in each one's registers. A lane has K states
-// of M channels, which share what it reads of B and C: shared memory gives 32 numbers a clock, and would be the limit. A
-// block has CB channels. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given
-// by cuda_scan.py, one compilation for each set of them.
+// A channel's state of NP = K * L numbers (N of them real) lies in L lanes, K in each one's registers. A block has CB
+// channels. Every parameter of a kernel is 8 bytes wide. The macros in capitals are given by cuda_scan.py, one
+// compilation for each set of them.
 
 typedef long long i64;
 
 #define NP (K * L)
-#define NT (CB * L / M)
+#define NT (CB * L)
 #define WARPS (NT / 32)
 #define V (K < 4 ? K : 4)          // states that one load brings
 #define U (T < (L > 8 ? L : 8) ? T : (L > 8 ? L : 8))  // steps whose sums over lanes are made together
@@ -16,6 +15,14 @@ typedef long long i64;
 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float two_to(int k) { return __int_as_float((127 + k) << 23); }
+
+// Decays come doubled. Just below 0, where the decays lie that last, ex2.approx is 2e-8 too small on average, and that
+// adds up over a state's memory; with the argument raised by one it is as good as CUDA's expf, which does the same. So
+// what walks over the steps of a tile doubles at each: after step s it is 2^(s + 1) times the state, the inputs are
+// scaled alike when they are made ready, and one product a tile takes it back.
+__device__ __forceinline__ float twice_decay(float step, float a) { return ex2(fmaf(step, a, 1.f)); }
+
 // float32 inputs deserve the slower functions of CUDA's library; 16-bit inputs are coarser than these are wrong
 __device__ __forceinline__ float sigmoid(float v) {
     return XTYPE == 0 ? 1.f / (1.f + expf(-v)) : rcp(1.f + ex2(-1.44269504f * v));
@@ -137,6 +144,15 @@ template <int ROWS> __device__ __forceinline__ void read_matrix(float (&v)[STEPS
 }
 
 // ---- a lane's K states of NP ----
+
+// Which of the L lanes of a channel a lane is, and of which channel of the block; LOW neighbours are of different ones.
+// Where lanes i and i ^ 1, or i and i ^ 2, all read the same 16 bytes of shared memory, a warp takes 2 clocks, else 4. With
+// LOW = 2 the former share B and C, and the latter what belongs to a channel; with two lanes a channel so they do anyhow.
+#define NEIGHBOURS (L == 2 ? 1 : 2)  // LOW of the forward walks
+template <int LOW> __device__ __forceinline__ int lane_of_channel() { return threadIdx.x % 32 / LOW % L; }
+template <int LOW> __device__ __forceinline__ int channel_of_lane() {
+    return threadIdx.x / 32 * (32 / L) + threadIdx.x % 32 / (LOW * L) * LOW + threadIdx.x % LOW;
+}
 
 __device__ __forceinline__ int state_index(int k, int j) { return k / V * V * L + j * V + k % V; }
 

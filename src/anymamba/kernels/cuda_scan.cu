@@ -12,7 +12,7 @@ struct Tiles {
 struct Shared {
     char raw[3][Tiles::bytes];
     char y[STATE_ONLY ? 1 : 2][PITCH(CB, X) * T];
-    float2 ready[2][CB][T + 2];  // step size, step size times input
+    float2 ready[2][CB][T + 2];  // step size; step size times input, doubled with each step
     float B[2][BCONST ? 4 : NP / V * MATRIX(T)], C[2][CCONST || STATE_ONLY ? 4 : NP / V * MATRIX(T)];
 };
 
@@ -27,8 +27,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(ends, t, d, groups, pieces, piece);
-    const int lane = threadIdx.x % 32, j = threadIdx.x % L;
-    auto column = [&](int m) { return (int)threadIdx.x / L + m * (CB / M); };  // of the lane's channel m
+    const int lane = threadIdx.x % 32, j = lane_of_channel<NEIGHBOURS>(), c = channel_of_lane<NEIGHBOURS>();
     const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
 
     x += p.row * x_row + p.first * x_step + p.channel;
@@ -39,18 +38,17 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     y += p.token * d + p.channel;
     saved += (p.slot * d + p.channel) * NP;
 
-    float a[M][K] = {}, h[M][K] = {}, fixed_B[M][K] = {}, fixed_C[M][K] = {}, skip[M] = {}, shift[M] = {}, steps_sum[M] = {};
+    float a[K] = {}, h[K] = {}, fixed_B[K] = {}, fixed_C[K] = {}, skip = 0.f, shift = 0.f, steps_sum = 0.f;
+    if (c < p.channels) {
+        const i64 channel = p.channel + c;
+        read_real(a, A + channel * N, j);
+        if (initial) read_real(h, initial + (sequence * d + channel) * N, j);
+        if (BCONST) read_fixed<BN>(fixed_B, B + channel * N, j);
+        if (CCONST && !STATE_ONLY) read_fixed<CN>(fixed_C, C + channel * N, j);
+        if (D) skip = D[channel];
+        if (bias) shift = bias[channel];
 #pragma unroll
-    for (int m = 0; m < M; m++) if (column(m) < p.channels) {
-        const i64 channel = p.channel + column(m);
-        read_real(a[m], A + channel * N, j);
-        if (initial) read_real(h[m], initial + (sequence * d + channel) * N, j);
-        if (BCONST) read_fixed<BN>(fixed_B[m], B + channel * N, j);
-        if (CCONST && !STATE_ONLY) read_fixed<CN>(fixed_C[m], C + channel * N, j);
-        if (D) skip[m] = D[channel];
-        if (bias) shift[m] = bias[channel];
-#pragma unroll
-        for (int k = 0; k < K; k++) a[m][k] *= 1.44269504f;  // exp(v) = 2^(v log2 e)
+        for (int k = 0; k < K; k++) a[k] *= 1.44269504f;  // exp(v) = 2^(v log2 e)
     }
 
     const int tiles = (p.length + T - 1) / T;
@@ -68,16 +66,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         char* raw = sm.raw[tile % 3];
         const int rows = p.length - tile * T;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const int s = i * L + j, c = column(m);
-                float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift[m];
-                if (DT_SOFTPLUS) v = softplus(v);
-                if (s >= rows) v = 0.f;  // past the end nothing changes the state
-                sm.ready[tile & 1][c][s] = make_float2(v, v * XN::get(at<X>(raw, s, c)));
-                if (STATE_ONLY) steps_sum[m] += v;
-            }
+        for (int i = 0; i < OWN; i++) {
+            const int s = i * L + j;
+            float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift;
+            if (DT_SOFTPLUS) v = softplus(v);
+            if (s >= rows) v = 0.f;  // past the end nothing changes the state
+            sm.ready[tile & 1][c][s] = make_float2(v, two_to(s + 1) * v * XN::get(at<X>(raw, s, c)));
+            if (STATE_ONLY) steps_sum += v;
+        }
         if (!BCONST) widen<BN, T>(sm.B[tile & 1], raw + Tiles::b);
         if (!CCONST && !STATE_ONLY) widen<CN, T>(sm.C[tile & 1], raw + Tiles::c);
     };
@@ -100,59 +96,52 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         if (tile) flush(tile - 1);
         if (tile + 1 < tiles) prepare(tile + 1);
 
-        float out[M][OWN];
+        float out[OWN];
 #pragma unroll
         for (int first = 0; first < T; first += U) {
-            float sum[M][U], Bv[STEPS][K], Cv[STEPS][K];
-            float4 two[M];
-            if (SAVE && first % CHUNK == 0 && (tile * T + first) % CHUNK == 0 && tile * T + first < p.length)
+            float sum[U], Bv[STEPS][K], Cv[STEPS][K];
+            float4 two;
+            if (SAVE && first % CHUNK == 0 && (tile * T + first) % CHUNK == 0 && tile * T + first < p.length && c < p.channels) {
+                float now[K];
 #pragma unroll
-                for (int m = 0; m < M; m++) if (column(m) < p.channels)
-                    write_states(saved + ((i64)((tile * T + first) / CHUNK) * d + column(m)) * NP, h[m], j);
+                for (int k = 0; k < K; k++) now[k] = two_to(-first) * h[k];
+                write_states(saved + ((i64)((tile * T + first) / CHUNK) * d + c) * NP, now, j);
+            }
 #pragma unroll
             for (int i = 0; i < U; i++) {
                 if (i % STEPS == 0 && !BCONST) read_matrix<T>(Bv, sm.B[tile & 1], first + i, j);
                 if (i % STEPS == 0 && !CCONST && !STATE_ONLY) read_matrix<T>(Cv, sm.C[tile & 1], first + i, j);
+                if (i % 2 == 0) two = *(const float4*)&sm.ready[tile & 1][c][first + i];
+                const float step = i % 2 ? two.z : two.x, in = i % 2 ? two.w : two.y;
+                sum[i] = 0.f;
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    if (i % 2 == 0) two[m] = *(const float4*)&sm.ready[tile & 1][column(m)][first + i];
-                    const float step = i % 2 ? two[m].z : two[m].x, in = i % 2 ? two[m].w : two[m].y;
-                    sum[m][i] = 0.f;
-#pragma unroll
-                    for (int k = 0; k < K; k++) {
-                        h[m][k] = fmaf(ex2(step * a[m][k]), h[m][k], in * (BCONST ? fixed_B[m][k] : Bv[i % STEPS][k]));
-                        if (!STATE_ONLY) sum[m][i] = fmaf(h[m][k], CCONST ? fixed_C[m][k] : Cv[i % STEPS][k], sum[m][i]);
-                    }
+                for (int k = 0; k < K; k++) {
+                    h[k] = fmaf(twice_decay(step, a[k]), h[k], in * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                    if (!STATE_ONLY) sum[i] = fmaf(h[k], CCONST ? fixed_C[k] : Cv[i % STEPS][k], sum[i]);
                 }
             }
             if (STATE_ONLY) continue;
+            sum_lanes<U, log2_of(L), NEIGHBOURS>(sum, lane);
 #pragma unroll
-            for (int m = 0; m < M; m++) {
-                sum_lanes<U, log2_of(L), 1>(sum[m], lane);
-#pragma unroll
-                for (int i = 0; i < U / L; i++) out[m][first / L + i] = sum[m][i];
-            }
+            for (int i = 0; i < U / L; i++) out[first / L + i] = sum[i];
         }
+#pragma unroll
+        for (int k = 0; k < K; k++) h[k] *= two_to(-T);
         if (STATE_ONLY) continue;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const int s = i * L + j, c = column(m);
-                float v = fmaf(skip[m], XN::get(at<X>(raw, s, c)), out[m][i]);
-                if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); v *= gate * sigmoid(gate); }
-                at<X>(sm.y[tile & 1], s, c) = XN::put(v);
-            }
+        for (int i = 0; i < OWN; i++) {
+            const int s = i * L + j;
+            float v = fmaf(skip, XN::get(at<X>(raw, s, c)), two_to(-s - 1) * out[i]);
+            if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); v *= gate * sigmoid(gate); }
+            at<X>(sm.y[tile & 1], s, c) = XN::put(v);
+        }
     }
     if (tiles) { __syncthreads(); flush(tiles - 1); }
+    const i64 place = sequence * d + p.channel + c;
+    if (c < p.channels) write_real(final_state + place * N, h, j);
+    if (STATE_ONLY) {
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-        const i64 place = sequence * d + p.channel + column(m);
-        if (column(m) < p.channels) write_real(final_state + place * N, h[m], j);
-        if (STATE_ONLY) {
-#pragma unroll
-            for (int mask = 1; mask < L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
-            if (column(m) < p.channels && j == 0) total_step[place] = steps_sum[m];
-        }
+        for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
+        if (c < p.channels && j == 0) total_step[place] = steps_sum;
     }
 }

@@ -38,38 +38,40 @@ def saved_shape(x_shape, A_shape, groups, sequences):
     return x_shape[0] * x_shape[1] // chunk_length(n) + sequences + 1, d, padded(n)
 
 
-# Milliseconds that 2048 steps took with so many blocks on a multiprocessor, measured on an H200 (d_state 16), for each
-# number of states a lane. Many states a lane cost less, few spread a small problem over more lanes.
-FORWARD = {4: (0, 0.17, 0.19, 0.235, 0.279), 8: (0, 0.24, 0.288, 0.34), 2: (0, 0.09, 0.11, 0.139, 0.185)}
-BACKWARD = {False: (0, 0.38, 0.5, 0.7), True: (0, 0.36, 0.47)}  # by KEEP
+# Milliseconds that 2048 steps took with 1, 2, … blocks on each multiprocessor of an H200 (benchmarks/gpu_plans.py), for
+# each number K of states a lane: many cost less, few spread a small problem over more lanes.
+FORWARD = {4: (0.149, 0.179, 0.216, 0.268), 8: (0.241, 0.294, 0.373, 0.469), 2: (0.091, 0.107, 0.13, 0.159)}
+FORWARD_WIDE = {16: (0.305, 0.411, 0.566, 0.738), 8: (0.249, 0.295, 0.349, 0.437, 0.542, 0.672)}  # d_state over 32
+# Backward, for (threads of a block, KEEP).
+BACKWARD = {(128, 0): (0.395, 0.522, 0.672), (256, 0): (0.473,), (128, 1): (0.363, 0.489)}
+BACKWARD_WIDE = {(256, 1): (0.86,), (128, 1): (0.647, 0.929)}
 MULTIPROCESSORS = 132
 
 
 def _cost(blocks, times):
     """Of that many blocks in waves that fill the chip, and a rest."""
-    full, rest = divmod(blocks, MULTIPROCESSORS * (len(times) - 1))
-    return full * times[-1] + times[-(-rest // MULTIPROCESSORS)]
+    full, rest = divmod(blocks, MULTIPROCESSORS * len(times))
+    return full * times[-1] + (times[-(-rest // MULTIPROCESSORS) - 1] if rest else 0)
 
 
 @functools.lru_cache(1024)
 def forward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -> tuple[int, dict]:
-    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, M channels a
-    lane, tiles of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
+    """Into how many pieces time is cut, and how the states are spread: K states a lane, L lanes a channel, tiles
+    of CB channels and T steps, BLOCKS of them a multiprocessor. `whole`: time must not be cut."""
     size, best = padded(n), None
-    for K, times in FORWARD.items():
-        if K > size or size // K > 16 or (size > 32 and K < 8):
+    for K, times in (FORWARD if size <= 32 else FORWARD_WIDE).items():
+        if K > size or size // K > 16:
             continue
         L = size // K
-        M = 2 if size > 32 else 1
-        CB = 128 * M // L
-        for pieces in (1,) if whole else range(1, max(1, min(64, t // 256)) + 1):
+        CB = 128 // L
+        for pieces in _pieces(t, whole):
             cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
             cost = cost if pieces == 1 else 1.65 * cost + 0.03 * 2048 / t  # a pass that finds the states comes before
             if best is None or cost < 0.98 * best[0]:
-                T, blocks = 32 if K == 2 else 16, len(times) - 1 if M == 1 else 2
-                best = cost, pieces, {"K": K, "L": L, "M": M, "CB": CB, "T": T, "BLOCKS": blocks}
+                plan = {"K": K, "L": L, "CB": CB, "T": 32 if K == 2 else 16, "BLOCKS": len(times)}
+                best = cost, pieces, plan
     if best is None:  # fewer than 2 states
-        return 1, {"K": size, "L": 1, "M": 1, "CB": 128, "T": 16, "BLOCKS": 4}
+        return 1, {"K": size, "L": 1, "CB": 128, "T": 16, "BLOCKS": 4}
     return best[1:]
 
 
@@ -79,16 +81,19 @@ def backward_plan(sequences: int, t: int, d: int, n: int, whole: bool = False) -
     size, best = padded(n), None
     K = min(4 if size <= 32 else 8, size)
     L = size // K
-    for keep, times in BACKWARD.items():
-        if K == 8 and not keep:
-            continue
-        for pieces in (1,) if whole else range(1, max(1, min(64, t // 256)) + 1):
-            cost = _cost(-(-d * L // 128) * sequences * pieces, times) / pieces
+    for (threads, keep), times in (BACKWARD if size <= 32 else BACKWARD_WIDE).items():
+        CB = threads // L
+        for pieces in _pieces(t, whole):
+            cost = _cost(-(-d // CB) * sequences * pieces, times) / pieces
             cost = cost if pieces == 1 else cost + 0.12 * sequences * d * L / 65_536 + 0.04 * 2048 / t
             if best is None or cost < 0.98 * best[0]:
-                T = 16 if K <= 4 else 8
-                best = cost, pieces, {"K": K, "L": L, "M": 1, "CB": 128 // L, "T": T, "BLOCKS": len(times) - 1, "KEEP": int(keep)}  # noqa: E501  # fmt: skip
+                plan = {"K": K, "L": L, "CB": CB, "T": 16 if K <= 4 else 8, "BLOCKS": len(times), "KEEP": keep}
+                best = cost, pieces, plan
     return best[1:]
+
+
+def _pieces(t, whole):
+    return (1,) if whole else range(1, max(1, min(64, t // 256)) + 1)
 
 
 def _step(t, pieces):
@@ -124,7 +129,7 @@ def _backward_bytes(p, x, matrices, activations):
     """Of `struct Shared` of cuda_scan_backward.cu."""
     K, L, T, CB, chunk = p["K"], p["L"], p["T"], p["CB"], chunk_length(matrices[0].shape[-1])
     width = sum(K * L for v in matrices if v.dim() == 4)
-    tensor = x.dtype != torch.float32 and width and K > 1 and L <= 8
+    tensor = x.dtype != torch.float32 and width and K > 1 and 1 < L <= 8
     rows = CB * L // 32 * (8 // L if tensor else 1)
     sums = rows * (T + 2) * width or 4
     between = (chunk // T - 1) * CB * L * K or 4
@@ -207,7 +212,7 @@ class _Call:
     def fit(self, plan, size, *args):
         """The plan, with fewer channels a block if this device has not enough shared memory, and its size in bytes."""
         limit = _shared_limit(self.x.device)
-        while (shared := size(plan, *args)) > limit and plan["CB"] * plan["L"] // plan["M"] > 32:
+        while (shared := size(plan, *args)) > limit and plan["CB"] * plan["L"] > 32:
             plan = plan | {"CB": plan["CB"] // 2, "BLOCKS": 2 * plan["BLOCKS"]}
         return plan, shared
 
@@ -218,7 +223,7 @@ class _Call:
     def launch(self, file, name, plan, shared, args, **defines):
         kernel = load(file, name, tuple((self.defines | plan | defines | {"SHARED": shared}).items()), self.x.device)
         count = self.groups * self.blocks(plan) * self.sequences * self.pieces
-        kernel.launch((count, 1, 1), plan["CB"] * plan["L"] // plan["M"], shared, args)
+        kernel.launch((count, 1, 1), plan["CB"] * plan["L"], shared, args)
 
     def chain(self, plan, own, total, A, first, backward):
         """What each piece begins with."""

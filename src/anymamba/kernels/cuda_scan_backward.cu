@@ -3,6 +3,9 @@
 // Of a chunk, forward saved the state before its first step. Within a chunk, parts of T steps from last to first:
 // walk forward and keep the T states in registers, then walk back with the gradient of the state. Where a chunk has
 // several parts, a first walk finds the states between them.
+//
+// Both walks double with each step (`twice_decay`): after step s of a part the state is 2^(s + 1) times itself, before it
+// its gradient 2^(T - s) times, so that the products of the two are all 2^T times what they should be.
 #include "cuda_common.cuh"
 
 #define PARTS (CHUNK / T)
@@ -11,7 +14,7 @@
 #define CHANNELS (32 / L)                           // of a warp
 #define SHARE (CHANNELS < SUMS ? CHANNELS : SUMS)   // lanes among which those sums end up
 #define AT_C (BCONST ? 0 : NP)
-#define TENSOR (XTYPE != 0 && SUMS && K > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
+#define TENSOR (XTYPE != 0 && SUMS && K > 1 && L > 1 && L <= 8)  // 16-bit gradients: the sums over channels by tensor cores
 #define LOW (TENSOR ? 4 : 1)                        // neighbouring lanes of different channels
 #define ROWS (TENSOR ? WARPS * CHANNELS / 4 : WARPS)
 #define SPACE (T + 2)                                // pitch of the sums of one state over time
@@ -37,7 +40,7 @@ struct Tiles {
 };
 struct Shared {
     char raw[2][Tiles::bytes];      // inputs; dx, ddt and dz take the places of x, dt and z
-    float4 ready[CB][CHUNK + 1];    // step size, step size times input, gradient before the gate, softplus'
+    float4 ready[CB][CHUNK + 1];    // step size, times input (doubled), gradient before the gate (doubled), softplus'
     float B[BCONST ? 4 : NP / V * MATRIX(CHUNK)], C[CCONST ? 4 : NP / V * MATRIX(CHUNK)];
     float sums[WIDTH ? ROWS * WIDTH * SPACE : 4];
     float between[PARTS > 1 ? (PARTS - 1) * NT * K : 4];
@@ -56,8 +59,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(ends, t, d, groups, pieces, piece);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = lane / LOW % L;
-    const int c = warp * CHANNELS + lane / (LOW * L) * LOW + lane % LOW;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = lane_of_channel<LOW>(), c = channel_of_lane<LOW>();
     const int channel = p.channel + c, blocks = (int)((d / groups + CB - 1) / CB * groups);
     const bool real = c < p.channels;
     const i64 sequence = blockIdx.x / blocks, place = (sequence * d + channel) * N;
@@ -102,17 +104,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         commit();
     };
 
-    // Sums of K products over the warp's channels of two steps, as columns s % 8 and s % 8 + 1 of a matrix; for 8 steps one
-    // matrix. The products are rows, so the other factor is one in these columns and zero elsewhere.
-    auto tensor_add = [&](auto& matrix, const auto& even, const auto& odd, int s, bool first, bool last, int place) {
-        const float b0 = lane / 4 == s % 8 ? 1.f : 0.f, b1 = lane / 4 == s % 8 + 1 ? 1.f : 0.f;
+    // Sums over channels of K values times the channel's factor, of two steps. A row is a state of four channels; the
+    // factors of these, at a step, are one column, and zero at other steps: L columns for each four channels, so L steps
+    // fill a matrix. Of a row, the columns that belong to other channels are meaningless.
+    auto tensor_add = [&](auto& matrix, const auto& even, const auto& odd, float factor_even, float factor_odd, int s,
+                          bool first, bool last, int place) {
+        const float b0 = j == s % L ? rounded(factor_even) : 0.f, b1 = j == s % L + 1 ? rounded(factor_odd) : 0.f;
 #pragma unroll
         for (int m = 0; m < K / 2; m++) {
             const float a[4] = {rounded(even[2 * m]), rounded(even[2 * m + 1]), rounded(odd[2 * m]), rounded(odd[2 * m + 1])};
             if (first) matrix[m][0] = matrix[m][1] = matrix[m][2] = matrix[m][3] = 0.f;
             tensor_sum(matrix[m], a, b0, b1);
             if (last) {
-                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * WIDTH + place) * SPACE + s / 8 * 8 + lane % 4 * 2;
+                if (lane % 4 * 2 / L != lane / (4 * L)) continue;
+                float* to = sm.sums + ((warp * (CHANNELS / 4) + lane / (4 * L)) * WIDTH + place) * SPACE + s / L * L + lane % 4 * 2 % L;
                 *(float2*)(to + state_index(2 * m, j) * SPACE) = make_float2(matrix[m][0], matrix[m][1]);
                 *(float2*)(to + state_index(2 * m + 1, j) * SPACE) = make_float2(matrix[m][2], matrix[m][3]);
             }
@@ -129,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
             float v = DT_SOFTPLUS ? softplus(raw_step) : raw_step, gate = 1.f;
             if (s >= rows) v = 0.f;
             if (HAS_Z) { gate = XN::get(at<X>(raw + Tiles::z, s, c)); gate *= sigmoid(gate); }
-            sm.ready[c][s] = make_float4(v, v * XN::get(at<X>(raw, s, c)), gate * XN::get(at<X>(raw + Tiles::dy, s, c)),
-                                         DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
+            sm.ready[c][s] = make_float4(v, two_to(s % T + 1) * v * XN::get(at<X>(raw, s, c)),
+                                         two_to(T - 1 - s % T) * gate * XN::get(at<X>(raw + Tiles::dy, s, c)), DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
         }
         if (!BCONST) widen<BN, CHUNK>(sm.B, raw + Tiles::b);
         if (!CCONST) widen<CN, CHUNK>(sm.C, raw + Tiles::c);
@@ -149,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 sum.y += q.y;
             }
             float* to = partial + ((i64)chunk * CHUNK + part * T + s) * width + (v < NP ? 0 : N) + n;
-            if (part * T + s < rows && n < N) to[0] = sum.x;
-            if (part * T + s + 1 < rows && n < N) to[width] = sum.y;
+            if (part * T + s < rows && n < N) to[0] = two_to(-T) * sum.x;
+            if (part * T + s + 1 < rows && n < N) to[width] = two_to(-T) * sum.y;
         }
     };
 
@@ -183,10 +188,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     const float2 q = *(const float2*)&sm.ready[c][part * T + i];
                     if (i % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + i, j);
 #pragma unroll
-                    for (int k = 0; k < K; k++) v[k] = fmaf(ex2(q.x * a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                    for (int k = 0; k < K; k++) v[k] = fmaf(twice_decay(q.x, a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
                 }
 #pragma unroll
-                for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k];
+                for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k] = two_to(-T) * v[k];
             }
         }
 
@@ -199,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                 read_states(start, saved + (i64)chunk * d * NP, j);  // again: h0 now belongs to the chunk before
             }
             float h[T][K], decays[KEEP ? T : 1][K], out[OWN], Bv[STEPS][K], Cv[STEPS][K];
-            float tensor[TENSOR ? K / 2 : 1][4], over[2][TENSOR ? K : SUMS ? SUMS : 1];  // sums over channels
+            float tensor[TENSOR ? K / 2 : 1][4], over[2][TENSOR ? K : SUMS ? SUMS : 1], factor[2];  // for sums over channels
 #pragma unroll
             for (int first = 0; first < T; first += U) {
                 float sum[U];
@@ -212,16 +217,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     sum[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        const float decay = ex2(q.x * a[k]);
+                        const float decay = twice_decay(q.x, a[k]);
                         if (KEEP) decays[s][k] = decay;
                         h[s][k] = fmaf(decay, s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
                     }
-                    if constexpr (TENSOR && !CCONST) {
-#pragma unroll
-                        for (int k = 0; k < K; k++) over[s % 2][k] = q.z * h[s][k];
-                        if (s % 2) tensor_add(tensor, over[0], over[1], s - 1, s % 8 == 1, s % 8 == 7, AT_C);
-                    }
+                    factor[s % 2] = q.z;
+                    if constexpr (TENSOR && !CCONST)
+                        if (s % 2) tensor_add(tensor, h[s - 1], h[s], factor[0], factor[1], s - 1, s % L == 1, s % L == L - 1, AT_C);
                 }
                 if (HAS_Z) {
                     sum_lanes<U, log2_of(L), LOW>(sum, lane);
@@ -242,16 +245,18 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         const float gh = fmaf(q.z, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]);  // of the state after this step
-                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : ex2(q.x * a[k]));
+                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : twice_decay(q.x, a[k]));
                         const float decay = g[k] * (s ? h[s ? s - 1 : 0][k] : start[k]);
                         dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
                         through_a[i] = fmaf(decay, a[k], through_a[i]);
                         through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
-                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = gh * q.y;
+                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = TENSOR ? gh : gh * q.y;
                         if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[s % 2][SUMS - K + k] = q.z * h[s][k];
                     }
                     // dB, and dC if that is not done above: over the channels of the warp
-                    if constexpr (TENSOR && !BCONST) if (s % 2 == 0) tensor_add(tensor, over[0], over[1], s, s % 8 == 6, s % 8 == 0, 0);
+                    factor[s % 2] = q.y;
+                    if constexpr (TENSOR && !BCONST)
+                        if (s % 2 == 0) tensor_add(tensor, over[0], over[1], factor[0], factor[1], s, s % L == L - 2, s % L == 0, 0);
                     if constexpr (!TENSOR && SUMS) {
                         sum_lanes<SUMS, log2_of(CHANNELS), L>(over[s % 2], lane);
                         const int share = lane / L % SHARE;
@@ -271,18 +276,21 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     if ((L > U && j >= U) || s >= rows) continue;
                     const float4 q = sm.ready[c][s];
                     X& x_place = at<X>(raw, s, c);
-                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, through_b[i], 0.693147181f * through_a[i]);
+                    const float back = two_to(s % T + 1 - T), by_input = back * through_b[i], given = back * q.z;
+                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, by_input, 0.693147181f * two_to(-T) * through_a[i]);
                     if (HAS_Z) {
                         X& z_place = at<X>(raw + Tiles::z, s, c);
-                        const float gate = XN::get(z_place), sig = sigmoid(gate), given = XN::get(at<X>(raw + Tiles::dy, s, c));
-                        z_place = XN::put(given * fmaf(skip, xv, out[first / L + i]) * sig * fmaf(gate, 1.f - sig, 1.f));
+                        const float gate = XN::get(z_place), sig = sigmoid(gate), grad_y = XN::get(at<X>(raw + Tiles::dy, s, c));
+                        z_place = XN::put(grad_y * fmaf(skip, xv, two_to(-1 - s % T) * out[first / L + i]) * sig * fmaf(gate, 1.f - sig, 1.f));
                     }
-                    dD_sum = fmaf(q.z, xv, dD_sum);
+                    dD_sum = fmaf(given, xv, dD_sum);
                     dbias_sum += step_grad;
-                    x_place = XN::put(fmaf(q.x, through_b[i], skip * q.z));
+                    x_place = XN::put(fmaf(q.x, by_input, skip * given));
                     at<X>(raw + Tiles::dt, s, c) = XN::put(step_grad);
                 }
             }
+#pragma unroll
+            for (int k = 0; k < K; k++) g[k] *= two_to(-T);
             if (SUMS && part) { __syncthreads(); collect(chunk, part); __syncthreads(); }
         }
         arrived();
@@ -293,6 +301,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         if (HAS_Z) store_tile<X, CHUNK, CB, WIDE>(dz + (i64)chunk * CHUNK * dz_step, dz_step, raw + Tiles::z, rows, p.channels);
         if (chunk) prepare(chunk - 1);
     }
+#pragma unroll
+    for (int k = 0; k < K; k++) { dA_sum[k] *= two_to(-T); dB_sum[k] *= two_to(-T); dC_sum[k] *= two_to(-T); }
     if (real) {
         write_real(dA + place, dA_sum, j);
         write_real(dinitial + place, g, j);

@@ -24,7 +24,7 @@ struct Tiles {
 };
 struct Shared {
     char raw[3][Tiles::bytes];
-    float2 ready[2][CB][T + 2];  // step size, gradient before the gate
+    float2 ready[2][CB][T + 2];  // step size; gradient before the gate, doubled with each step back
     float C[2][CCONST ? 4 : NP / V * MATRIX(T)];
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than the host gives");
@@ -37,8 +37,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(0, t, d, groups, pieces, piece);
-    const int j = threadIdx.x % L;
-    auto column = [&](int m) { return (int)threadIdx.x / L + m * (CB / M); };
+    const int j = lane_of_channel<NEIGHBOURS>(), c = channel_of_lane<NEIGHBOURS>();
     const i64 sequence = blockIdx.x / (((d / groups + CB - 1) / CB) * groups);
 
     dt += p.row * dt_row + p.first * dt_step + p.channel;
@@ -46,15 +45,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
     if (HAS_Z) z += p.row * z_row + p.first * z_step + p.channel;
     if (!CCONST) C += p.row * C_row + p.first * C_step + p.group * C_group;
 
-    float a[M][K] = {}, g[M][K] = {}, fixed_C[M][K] = {}, shift[M] = {}, steps_sum[M] = {};
+    float a[K] = {}, g[K] = {}, fixed_C[K] = {}, shift = 0.f, steps_sum = 0.f;
+    if (c < p.channels) {
+        const i64 channel = p.channel + c;
+        read_real(a, A + channel * N, j);
+        if (CCONST) read_fixed<CN>(fixed_C, C + channel * N, j);
+        if (bias) shift = bias[channel];
 #pragma unroll
-    for (int m = 0; m < M; m++) if (column(m) < p.channels) {
-        const i64 channel = p.channel + column(m);
-        read_real(a[m], A + channel * N, j);
-        if (CCONST) read_fixed<CN>(fixed_C[m], C + channel * N, j);
-        if (bias) shift[m] = bias[channel];
-#pragma unroll
-        for (int k = 0; k < K; k++) a[m][k] *= 1.44269504f;
+        for (int k = 0; k < K; k++) a[k] *= 1.44269504f;
     }
 
     const int tiles = (p.length + T - 1) / T;
@@ -71,17 +69,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
         char* raw = sm.raw[tile % 3];
         const int rows = p.length - tile * T;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const int s = i * L + j, c = column(m);
-                float v = XN::get(at<X>(raw, s, c)) + shift[m], given = XN::get(at<X>(raw + Tiles::dy, s, c));
-                if (DT_SOFTPLUS) v = softplus(v);
-                if (s >= rows) v = 0.f;
-                if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); given *= gate * sigmoid(gate); }
-                sm.ready[tile & 1][c][s] = make_float2(v, given);
-                steps_sum[m] += v;
-            }
+        for (int i = 0; i < OWN; i++) {
+            const int s = i * L + j;
+            float v = XN::get(at<X>(raw, s, c)) + shift, given = XN::get(at<X>(raw + Tiles::dy, s, c));
+            if (DT_SOFTPLUS) v = softplus(v);
+            if (s >= rows) v = 0.f;
+            if (HAS_Z) { const float gate = XN::get(at<X>(raw + Tiles::z, s, c)); given *= gate * sigmoid(gate); }
+            sm.ready[tile & 1][c][s] = make_float2(v, two_to(T - 1 - s) * given);
+            steps_sum += v;
+        }
         if (!CCONST) widen<CN, T>(sm.C[tile & 1], raw + Tiles::c);
     };
 
@@ -98,25 +94,21 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
         if (tile > 1) fetch(tile - 2);
         if (tile > 0) prepare(tile - 1);
         float Cv[STEPS][K];
-        float4 two[M];
+        float4 two;
 #pragma unroll
         for (int s = T - 1; s >= 0; s--) {
             if (s % STEPS == STEPS - 1 && !CCONST) read_matrix<T>(Cv, sm.C[tile & 1], s - STEPS + 1, j);
+            if (s % 2) two = *(const float4*)&sm.ready[tile & 1][c][s - 1];
+            const float step = s % 2 ? two.z : two.x, given = s % 2 ? two.w : two.y;
 #pragma unroll
-            for (int m = 0; m < M; m++) {
-                if (s % 2) two[m] = *(const float4*)&sm.ready[tile & 1][column(m)][s - 1];
-                const float step = s % 2 ? two[m].z : two[m].x, given = s % 2 ? two[m].w : two[m].y;
-#pragma unroll
-                for (int k = 0; k < K; k++) g[m][k] = fmaf(given, CCONST ? fixed_C[m][k] : Cv[s % STEPS][k], g[m][k]) * ex2(step * a[m][k]);
-            }
+            for (int k = 0; k < K; k++) g[k] = fmaf(given, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]) * twice_decay(step, a[k]);
         }
-    }
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-        const i64 place = sequence * d + p.channel + column(m);
-        if (column(m) < p.channels) write_real(own + place * N, g[m], j);
-#pragma unroll
-        for (int mask = 1; mask < L; mask *= 2) steps_sum[m] += __shfl_xor_sync(0xffffffffu, steps_sum[m], mask);
-        if (column(m) < p.channels && j == 0) total_step[place] = steps_sum[m];
+        for (int k = 0; k < K; k++) g[k] *= two_to(-T);
     }
+    const i64 place = sequence * d + p.channel + c;
+    if (c < p.channels) write_real(own + place * N, g, j);
+#pragma unroll
+    for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
+    if (c < p.channels && j == 0) total_step[place] = steps_sum;
 }
