@@ -228,7 +228,7 @@ def compile_kernels(folder):
     from triton.compiler import ASTSource
 
     N, lanes, warps = triton_common.tile(16, 16)
-    common = {"n": 16, "N": N, "LANES": lanes, "SAVED_LANES": lanes, "STEPS": 4, "KEEP": 16, "SOFTPLUS": True,
+    common = {"n": 16, "N": N, "LANES": lanes, "SAVED_LANES": lanes, "KEEP": 16, "SOFTPLUS": True,
               "BACK": True, "bounds": None, "B_fixed": None, "C_fixed": None, "dB_fixed": None,
               "dC_fixed": None}  # fmt: skip
     states_only = {"y": None, "z": None, "saved": None}
@@ -236,6 +236,7 @@ def compile_kernels(folder):
              (triton_common.chain, {}), (triton_scan_backward.scan_adjoint, {}),
              (triton_scan_backward.scan_backward, {})]  # fmt: skip
     for i, (kernel, fixed) in enumerate(cases):
+        fixed = {"STEPS": 8 if kernel is triton_scan.scan_forward else 4} | fixed
         given = {k: v for k, v in (common | fixed).items() if k in kernel.arg_names}
         types = {k: "constexpr" if k in given else _type(k) for k in kernel.arg_names}
         unaligned = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}

@@ -150,11 +150,11 @@ def tile(n, elements):
     return N, lanes, max(1, N * lanes // (32 * elements))
 
 
-def cut(programs, t, n, wanted, cu_seqlens):
-    """(chunks, steps of one): time is cut where too few programs would run at a time."""
-    if cu_seqlens is not None or not 0 < programs * 2 <= wanted:
+def cut(warps, t, n, wanted, cu_seqlens):
+    """(chunks, steps of one): time is cut where too few warps would run at a time; no more than wanted come of it."""
+    if cu_seqlens is not None or not 0 < warps * 2 <= wanted:
         return 1, t
     keep = keep_every(n)
-    length = max(-(-t // -(-wanted // programs)), SHORTEST, 4 * n)
+    length = max(-(-t // (wanted // warps)), SHORTEST, 4 * n)
     length = -(-length // keep) * keep
     return max(1, -(-t // length)), length

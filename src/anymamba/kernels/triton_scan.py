@@ -1,8 +1,9 @@
 """Selective scan on a GPU: a program walks over time with the state of a block of channels in registers.
 
-A few steps are loaded before the steps in front of them are computed. Where blocks and sequences are too few for the
-chip, time is cut into chunks as well: a first walk finds what each adds to the state, `triton_common.chain` passes
-that on, and a second walk computes the outputs. Backward is in `triton_scan_backward.py`.
+While a few steps are computed, those after them are loaded, B and C into shared memory. Where blocks and sequences are
+too few for the chip, time is cut into chunks as well: a first walk finds what each adds to the state,
+`triton_common.chain` passes that on, and a second walk computes the outputs. Backward is in
+`triton_scan_backward.py`.
 """
 
 import torch
@@ -27,8 +28,7 @@ from anymamba.kernels.triton_common import (
 )
 from anymamba.kernels.triton_sum import on
 
-STEPS = 4  # loaded at a time
-WANTED = 2112  # programs of one warp: four for each scheduler of a large GPU
+WANTED = 1584  # warps: as many as run at a time on a large GPU, 12 on each of 132 multiprocessors
 
 
 @triton.jit
@@ -110,31 +110,23 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
     wide = s * 0  # makes offsets 64-bit
     groups_of_steps = count // STEPS
-    if groups_of_steps > 0:
-        dts, xs = _load(dt, dt_t, channel, STEPS), _load(x, x_t, channel, STEPS)
-        zs = _load(z, z_t, channel, STEPS) if z is not None else xs
-        bs = _columns(B_tile, B, B_t, j, n, STEPS, B_fixed is None)
-        cs = _columns(C_tile, C, C_t, j, n, STEPS, OUT and C_fixed is None)
-        for i in range(groups_of_steps):
-            if saved is not None and i % (KEEP // STEPS) == 0:
-                tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
-            ahead = wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
-            next_dts = _load(dt + ahead * dt_t, dt_t, channel, STEPS)
-            next_xs = _load(x + ahead * x_t, x_t, channel, STEPS)
-            next_zs = _load(z + ahead * z_t, z_t, channel, STEPS) if z is not None else next_xs
-            outs, next_bs, next_cs = (), (), ()
+    for i in tl.range(groups_of_steps, num_stages=2):
+        here = wide + i * STEPS
+        dts, xs = _load(dt + here * dt_t, dt_t, channel, STEPS), _load(x + here * x_t, x_t, channel, STEPS)
+        zs = _load(z + here * z_t, z_t, channel, STEPS) if z is not None else xs
+        bs = _columns(B_tile, B + here * B_t, B_t, j, n, STEPS, B_fixed is None)
+        cs = _columns(C_tile, C + here * C_t, C_t, j, n, STEPS, OUT and C_fixed is None)
+        if saved is not None and i % (KEEP // STEPS) == 0:
+            tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
+        outs = ()
+        for k in tl.static_range(STEPS):
+            h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, SOFTPLUS, z is not None, OUT)
+            outs += (out,)
+            if not OUT:
+                total += size
+        if OUT:
             for k in tl.static_range(STEPS):
-                h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, SOFTPLUS, z is not None, OUT)
-                next_bs += (column(B_tile, B + ahead * B_t + k * B_t, j, n, B_fixed is None),)
-                next_cs += (column(C_tile, C + ahead * C_t + k * C_t, j, n, OUT and C_fixed is None),)
-                outs += (out,)
-                if not OUT:
-                    total += size
-            if OUT:  # after all loads, which would wait for it
-                for k in tl.static_range(STEPS):
-                    to = y + (wide + i * STEPS) * d + (k * d + channel)
-                    tl.store(to, outs[k].to(y.dtype.element_ty), mask=inside)
-            dts, xs, zs, bs, cs = next_dts, next_xs, next_zs, next_bs, next_cs
+                tl.store(y + here * d + (k * d + channel), outs[k].to(y.dtype.element_ty), mask=inside)
 
     rest = groups_of_steps * STEPS
     if saved is not None and (rest < count) & (rest % KEEP == 0):
@@ -162,15 +154,16 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
 
 def layout(x, A, groups):
-    """(N, lanes, warps, blocks of channels of a group, all blocks) of the forward walk."""
-    N, lanes, warps = tile(A[1], 32 if A[1] > 32 else 16)
+    """(steps loaded at a time, N, lanes, warps, blocks of channels of a group, all blocks) of the forward walk."""
+    steps, elements = (8, 16) if A[1] <= 32 else (4, 32)
+    N, lanes, warps = tile(A[1], elements)
     per_group = triton.cdiv(x[2] // groups, lanes)
-    return N, lanes, warps, per_group, groups * per_group
+    return steps, N, lanes, warps, per_group, groups * per_group
 
 
 def saved_shape(x, A, groups, sequences):
     """Shape of the states kept for backward, (slots, blocks, N, lanes), from the shapes of x and A."""
-    N, lanes, _, _, blocks = layout(x, A, groups)
+    _, N, lanes, _, _, blocks = layout(x, A, groups)
     return x[0] * x[1] // keep_every(A[1]) + sequences, blocks, N, lanes
 
 
@@ -188,8 +181,8 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     if last.numel() == 0:
         return y, last, saved
 
-    N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
-    chunks, length = cut(sequences * blocks, t, n, WANTED, cu_seqlens)
+    steps, N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
+    chunks, length = cut(sequences * blocks * warps, t, n, WANTED, cu_seqlens)
     x, dt, z, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, D, dt_bias, cu_seqlens))
     A, added = rates(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
     (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
@@ -198,7 +191,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
         scan_forward[(sequences * launched * blocks,)](
             x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums, last, saved, cu_seqlens, *strides(x),
             *strides(dt), *strides(z), *B_strides, *C_strides, t, length, chunks, launched, d, blocks, per_group,
-            d // groups, n, N, lanes, STEPS, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
+            d // groups, n, N, lanes, steps, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on(x.device):

@@ -31,7 +31,7 @@ from anymamba.kernels.triton_scan import layout
 from anymamba.kernels.triton_sum import on
 
 STEPS = 4  # whose states are in registers; `_merge` is made for four
-WANTED = 1056  # programs of one warp: as many as run at a time on a large GPU
+WANTED = 2112  # warps: two waves of 8 on each of 132 multiprocessors
 
 
 @triton.jit
@@ -307,9 +307,9 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     N, lanes, warps = tile(n, 16)
     per_group = triton.cdiv(d // groups, lanes)
     blocks = groups * per_group
-    share = min(triton.cdiv(n, 4 * lanes), max(per_group, 1))  # partial sums take at most 32 bytes an element
+    share = min(triton.cdiv(n, 8 * lanes), max(per_group, 1))  # partial sums take at most 64 bytes an element
     shares = groups * triton.cdiv(per_group, share)
-    chunks, length = cut(sequences * shares, t, n, WANTED, cu_seqlens)
+    chunks, length = cut(sequences * shares * warps, t, n, WANTED, cu_seqlens)
 
     x, dt, z, dy, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, dy, D, dt_bias, cu_seqlens))
     dx, ddt = x.new_empty(b, t, d), x.new_empty(b, t, d)
@@ -334,7 +334,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
                 chain[(sequences * blocks,)](added, sums, A, last, chunks, blocks, N, lanes, True, num_warps=warps,
                                              enable_fp_fusion=True)  # fmt: skip
             keep = keep_every(n)
-            _, saved_lanes, _, _, saved_blocks = layout(x.shape, (d, n), groups)
+            _, _, saved_lanes, _, _, saved_blocks = layout(x.shape, (d, n), groups)
             scratch = torch.empty(parts * shares, keep // STEPS, N, lanes, **real)
             scan_backward[(parts * shares,)](
                 dy, x, dt, z, dx, ddt, dz, A, A, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch, cu_seqlens,
