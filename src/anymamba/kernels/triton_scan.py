@@ -16,7 +16,6 @@ from anymamba.kernels.triton_common import (
     column,
     cut,
     keep_every,
-    rates,
     shared,
     sigmoid,
     softplus,
@@ -24,6 +23,7 @@ from anymamba.kernels.triton_common import (
     strides,
     tile,
     tiles,
+    twice_decay,
     unit,
 )
 from anymamba.kernels.triton_sum import on
@@ -50,15 +50,17 @@ def _columns(fixed, p, row_stride, j, n: tl.constexpr, STEPS: tl.constexpr, VARI
 
 
 @triton.jit
-def _step(h, a, dt, x, z, b, c, dt_bias, D, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr):
-    """State after one step, its step size, and its output."""
+def _step(h, a, dt, x, z, b, c, dt_bias, D, k: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
+          OUT: tl.constexpr):  # fmt: skip
+    """2^(k + 1) times the state after step k of a group, from 2^k times the one before; its step size; its output."""
+    SCALE: tl.constexpr = 2 << k
     s, x = dt.to(tl.float32) + dt_bias, x.to(tl.float32)
     if SOFTPLUS:
         s = softplus(s)
-    h = tl.exp2(a * s[None, :]) * h + b * (s * x)[None, :]
+    h = twice_decay(a, s) * h + b * (s * x * SCALE)[None, :]
     y = x
     if OUT:
-        y = tl.sum(h * c, 0) + D * x
+        y = tl.sum(h * c, 0) * (1 / SCALE) + D * x
         if GATE:
             z = z.to(tl.float32)
             y *= z * sigmoid(z)
@@ -120,10 +122,11 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
             tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
         outs = ()
         for k in tl.static_range(STEPS):
-            h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, SOFTPLUS, z is not None, OUT)
+            h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, k, SOFTPLUS, z is not None, OUT)
             outs += (out,)
             if not OUT:
                 total += size
+        h *= 1 / (1 << STEPS)
         if OUT:
             for k in tl.static_range(STEPS):
                 tl.store(y + here * d + (k * d + channel), outs[k].to(y.dtype.element_ty), mask=inside)
@@ -137,7 +140,8 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
         c = column(C_tile, C + here * C_t, j, n, OUT and C_fixed is None)
         now_z = tl.load(z + here * z_t + channel) if z is not None else 0.0
         h, size, out = _step(h, a, tl.load(dt + here * dt_t + channel), tl.load(x + here * x_t + channel), now_z, b, c,
-                             bias, skip, SOFTPLUS, z is not None, OUT)  # fmt: skip
+                             bias, skip, 0, SOFTPLUS, z is not None, OUT)  # fmt: skip
+        h *= 0.5
         if OUT:
             tl.store(y + here * d + channel, out.to(y.dtype.element_ty), mask=inside)
         else:
@@ -184,7 +188,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     steps, N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
     chunks, length = cut(sequences * blocks * warps, t, n, WANTED, cu_seqlens)
     x, dt, z, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, D, dt_bias, cu_seqlens))
-    A, added = rates(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
+    A, added = tiles(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
     (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
 
     def walk(y, z, added, sums, saved, launched):

@@ -2,7 +2,8 @@
 
 The saved states cut time into pieces, walked from last to first. A piece is first walked forwards, and the state kept
 before every fourth step; then, four steps at a time, the states are recomputed into registers and walked backwards
-with the gradient of the state. The sums over channels for dB and dC of four steps are made together (`_merge`). They
+with the gradient of the state. Walking doubles both (`twice_decay`), so that the product of a state and a gradient is
+always 2^STEPS times itself. The sums over channels for dB and dC of four steps are made together (`_merge`). They
 leave as partial sums of a few blocks of channels each, which are added afterwards in a fixed order.
 """
 
@@ -17,7 +18,6 @@ from anymamba.kernels.triton_common import (
     column,
     cut,
     keep_every,
-    rates,
     shared,
     sigmoid,
     softplus,
@@ -25,6 +25,7 @@ from anymamba.kernels.triton_common import (
     strides,
     tile,
     tiles,
+    twice_decay,
     unit,
 )
 from anymamba.kernels.triton_scan import layout
@@ -110,8 +111,9 @@ def scan_adjoint(dy, dt, z, A, C, C_fixed, dt_bias, added, sums, dy_b, dy_t, dt_
                 gate = zs[k].to(tl.float32)
                 gy *= gate * sigmoid(gate)
             c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
-            g = tl.exp2(a * size[None, :]) * (g + c * gy[None, :])
+            g = twice_decay(a, size) * (g + c * (gy * (1 << (STEPS - 1 - k)))[None, :])
             total += size
+        g *= 1 / (1 << STEPS)
     at = (s * chunks + chunk) * blocks + block
     tl.store(added + at * N * LANES + dense, g)
     tl.store(sums + at * LANES + lane, total)
@@ -125,19 +127,19 @@ def _advance(h, a, x, dt, B, B_tile, x_t, dt_t, B_t, channel, bias, j, n: tl.con
     for k in tl.static_range(STEPS):
         size = _step_size(dts[k], bias, True, SOFTPLUS)[0]
         b = column(B_tile, B + k * B_t, j, n, VARIES)
-        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
-    return h
+        h = twice_decay(a, size) * h + b * (size * xs[k].to(tl.float32) * (2 << k))[None, :]
+    return h * (1 / (1 << STEPS))
 
 
 @triton.jit
 def _recompute(h, a, dts, xs, B, B_tile, B_t, left, bias, lane, j, n: tl.constexpr, STEPS: tl.constexpr,
                SOFTPLUS: tl.constexpr, VARIES: tl.constexpr):  # fmt: skip
-    """The state after each of the next steps, their sizes, and the slopes of these in dt."""
+    """2^(k + 1) times the state after each of the next steps k, their sizes, and the slopes of these in dt."""
     hs, sizes, slopes = (), (), ()
     for k in tl.static_range(STEPS):
         size, slope = _step_size(dts[k], bias, lane * 0 + k < left, SOFTPLUS)
         b = column(B_tile, B + tl.minimum(k, left - 1) * B_t, j, n, VARIES)
-        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
+        h = twice_decay(a, size) * h + b * (size * xs[k].to(tl.float32) * (2 << k))[None, :]
         hs += (h,)
         sizes += (size,)
         slopes += (slope,)
@@ -145,10 +147,10 @@ def _recompute(h, a, dts, xs, B, B_tile, B_t, left, bias, lane, j, n: tl.constex
 
 
 @triton.jit
-def _leave(four, partial, row, left, more, j, n: tl.constexpr):
+def _leave(four, partial, row, left, more, j, n: tl.constexpr, STEPS: tl.constexpr):
     """Sums the merged tiles of four steps over lanes and puts them in their rows, B before C; adds if there is more."""
     N: tl.constexpr = four.shape[0]
-    four = tl.sum(tl.reshape(four, [N, 8, four.shape[1] // 8]), 2)
+    four = tl.sum(tl.reshape(four, [N, 8, four.shape[1] // 8]), 2) * (1 / (1 << STEPS))
     i = tl.arange(0, 8)  # bits: B or C, odd step, later two steps
     step = i % 2 * 2 + i // 2 % 2
     to = partial + (step * row + i // 4 * n)[None, :] + j[:, None]
@@ -159,10 +161,10 @@ def _leave(four, partial, row, left, more, j, n: tl.constexpr):
 
 
 @triton.jit
-def _ungate(gy, z, h, c, x, D, dz, mask):
-    """Gradient before the gate; stores the gate's own."""
+def _ungate(gy, z, h, c, x, D, dz, mask, k: tl.constexpr):
+    """Gradient before the gate; stores the gate's own. h: as after step k."""
     z = z.to(tl.float32)
-    out = tl.sum(h * c, 0) + D * x
+    out = tl.sum(h * c, 0) * (1 / (2 << k)) + D * x
     sig = sigmoid(z)
     silu = z * sig
     tl.store(dz, (gy * out * (sig + silu * (1.0 - sig))).to(dz.dtype.element_ty), mask=mask)
@@ -248,9 +250,10 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed,
                     gy = tl.where(alive & inside, dys[k].to(tl.float32), 0.0)
                     c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
                     if z is not None:
-                        gy = _ungate(gy, zs[k], hs[k], c, x_k, skip, dz + out + here, alive & inside)
-                    g += c * gy[None, :]
-                    by_B, by_C = g * (size * x_k)[None, :], hs[k] * gy[None, :]
+                        gy = _ungate(gy, zs[k], hs[k], c, x_k, skip, dz + out + here, alive & inside, k)
+                    scaled = gy * (1 << (STEPS - 1 - k))
+                    g += c * scaled[None, :]
+                    by_B, by_C = g * (size * x_k * (2 << k))[None, :], hs[k] * scaled[None, :]
                     if B_fixed is not None:
                         sum_B += by_B
                     if C_fixed is not None:
@@ -264,28 +267,30 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed,
                         else:
                             four = _merge(_merge(both, odd, 1), late, 2)
                     b = column(B_tile, B_at + tl.minimum(k, left - 1) * B_t, j, n, B_fixed is None)
-                    gb = tl.sum(g * b, 0)
-                    g *= tl.exp2(a * size[None, :])
+                    gb = tl.sum(g * b, 0) * (1 / (1 << (STEPS - 1 - k)))
+                    g *= twice_decay(a, size)
                     through = g * (hs[k - 1] if k > 0 else tl.load(scratch + q * N * LANES + dense))
                     sum_A += through * size[None, :]
-                    d_dt = (tl.sum(through * a, 0) * (1 / LOG2E) + gb * x_k) * slopes[k]
+                    d_dt = (tl.sum(through * a, 0) * (1 / (1 << STEPS)) + gb * x_k) * slopes[k]
                     tl.store(dx + out + here, (gb * size + skip * gy).to(dx.dtype.element_ty), mask=alive & inside)
                     tl.store(ddt + out + here, d_dt.to(ddt.dtype.element_ty), mask=alive & inside)
                     sum_D += gy * x_k
                     sum_bias += tl.where(alive, d_dt, 0.0)
+                g *= 1 / (1 << STEPS)
                 if partial is not None:
                     to = ((wide + part) * rows + flat + at) * n_groups + group
-                    _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n)
+                    _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n, STEPS)
             tl.debug_barrier()
 
+        once: tl.constexpr = 1 / (1 << STEPS)
         ours = (j < n)[:, None] & inside[None, :]
         at = (s * chunks + chunk) * d + channel
         to = at[None, :] * n + j[:, None]
-        tl.store(dA + to, sum_A, mask=ours)
+        tl.store(dA + to, sum_A * once, mask=ours)
         if B_fixed is not None:
-            tl.store(dB_fixed + to, sum_B, mask=ours)
+            tl.store(dB_fixed + to, sum_B * once, mask=ours)
         if C_fixed is not None:
-            tl.store(dC_fixed + to, sum_C, mask=ours)
+            tl.store(dC_fixed + to, sum_C * once, mask=ours)
         if D is not None:
             tl.store(dD + at, sum_D, mask=inside)
         if dt_bias is not None:
@@ -320,7 +325,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     dD, dbias = (None if v is None else torch.empty(parts, d, **real) for v in (D, dt_bias))
     partial = torch.empty(shares // groups, b, t, groups, 2, n, **real) if None in d_fixed else None
     if dA.numel():
-        A, added = rates(A, groups, N, lanes), tiles(dfinal_state, groups, N, lanes)
+        A, added = tiles(A, groups, N, lanes), tiles(dfinal_state, groups, N, lanes)
         (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
         with on(x.device):
             if chunks > 1:
