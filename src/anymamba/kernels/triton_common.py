@@ -82,6 +82,36 @@ def column(fixed, p, j, n: tl.constexpr, VARIES: tl.constexpr):
 
 
 @triton.jit
+def _apart(v):
+    """The columns of [N, steps], each [N, 1]; steps is a power of two."""
+    if v.shape[1] == 1:
+        return (v,)
+    else:
+        even, odd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1] // 2, 2]))
+        evens, odds = _apart(even), _apart(odd)
+        rows = ()
+        for k in tl.static_range(v.shape[1] // 2):
+            rows += (evens[k], odds[k])
+        return rows
+
+
+@triton.jit
+def columns(fixed, p, row_stride, left, j, n: tl.constexpr, STEPS: tl.constexpr, VARIES: tl.constexpr):
+    """`column` at the next steps; the last one repeated if only `left` are left.
+
+    One load brings all: in a loop with `num_stages`, a copy to shared memory that every thread takes part in.
+    """
+    if VARIES:
+        to = p + (tl.minimum(tl.arange(0, STEPS), left - 1) * row_stride)[None, :] + j[:, None]
+        rows = _apart(tl.load(to) if j.shape[0] == n else tl.load(to, mask=(j < n)[:, None], other=0.0))
+    else:
+        rows = ()
+        for _ in tl.static_range(STEPS):
+            rows += (fixed,)
+    return rows
+
+
+@triton.jit
 def chain(added, sums, A, first, chunks, blocks, N: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr):
     """Turns what each chunk adds to the state, tiles (s,chunks,blocks), into the state that comes into the chunk.
 

@@ -14,6 +14,7 @@ from anymamba.kernels.triton_common import (
     chain,
     channels,
     column,
+    columns,
     cut,
     keep_every,
     shared,
@@ -37,15 +38,6 @@ def _load(p, row_stride, channel, STEPS: tl.constexpr):
     rows = ()
     for k in tl.static_range(STEPS):
         rows += (tl.load(p + (k * row_stride + channel)),)
-    return rows
-
-
-@triton.jit
-def _columns(fixed, p, row_stride, j, n: tl.constexpr, STEPS: tl.constexpr, VARIES: tl.constexpr):
-    """B or C at the next steps."""
-    rows = ()
-    for k in tl.static_range(STEPS):
-        rows += (column(fixed, p + k * row_stride, j, n, VARIES),)
     return rows
 
 
@@ -112,24 +104,30 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
     wide = s * 0  # makes offsets 64-bit
     groups_of_steps = count // STEPS
-    for i in tl.range(groups_of_steps, num_stages=2):
-        here = wide + i * STEPS
-        dts, xs = _load(dt + here * dt_t, dt_t, channel, STEPS), _load(x + here * x_t, x_t, channel, STEPS)
-        zs = _load(z + here * z_t, z_t, channel, STEPS) if z is not None else xs
-        bs = _columns(B_tile, B + here * B_t, B_t, j, n, STEPS, B_fixed is None)
-        cs = _columns(C_tile, C + here * C_t, C_t, j, n, STEPS, OUT and C_fixed is None)
-        if saved is not None and i % (KEEP // STEPS) == 0:
-            tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
-        outs = ()
-        for k in tl.static_range(STEPS):
-            h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, k, SOFTPLUS, z is not None, OUT)
-            outs += (out,)
-            if not OUT:
-                total += size
-        h *= 1 / (1 << STEPS)
-        if OUT:
+    if groups_of_steps > 0:
+        dts, xs = _load(dt, dt_t, channel, STEPS), _load(x, x_t, channel, STEPS)
+        zs = _load(z, z_t, channel, STEPS) if z is not None else xs
+        for i in tl.range(groups_of_steps, num_stages=2):  # for B and C; what has 16 bits it would not bring early
+            here, ahead = wide + i * STEPS, wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
+            next_dts = _load(dt + ahead * dt_t, dt_t, channel, STEPS)
+            next_xs = _load(x + ahead * x_t, x_t, channel, STEPS)
+            next_zs = _load(z + ahead * z_t, z_t, channel, STEPS) if z is not None else next_xs
+            bs = columns(B_tile, B + here * B_t, B_t, STEPS, j, n, STEPS, B_fixed is None)
+            cs = columns(C_tile, C + here * C_t, C_t, STEPS, j, n, STEPS, OUT and C_fixed is None)
+            if saved is not None and i % (KEEP // STEPS) == 0:
+                tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
+            outs = ()
             for k in tl.static_range(STEPS):
-                tl.store(y + here * d + (k * d + channel), outs[k].to(y.dtype.element_ty), mask=inside)
+                h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, k, SOFTPLUS, z is not None,
+                                     OUT)  # fmt: skip
+                outs += (out,)
+                if not OUT:
+                    total += size
+            h *= 1 / (1 << STEPS)
+            if OUT:  # after all loads, which would wait for it
+                for k in tl.static_range(STEPS):
+                    tl.store(y + here * d + (k * d + channel), outs[k].to(y.dtype.element_ty), mask=inside)
+            dts, xs, zs = next_dts, next_xs, next_zs
 
     rest = groups_of_steps * STEPS
     if saved is not None and (rest < count) & (rest % KEEP == 0):
