@@ -36,6 +36,18 @@ def sigmoid(v):
 
 
 @triton.jit
+def twice_decay(a, size):
+    """[N, lanes]: twice e^(a · size).
+
+    Just below 0, where the decays lie that last, a GPU's fast exponential errs to one side, by 2e-8 on average, and
+    that adds up over a state's memory; with the argument raised by one the error is far less. So what walks over a
+    group of steps doubles at each: the state after step k is 2^(k + 1) times itself, what comes into it or out of it is
+    scaled per channel, and one product a group takes it back.
+    """
+    return tl.exp2(tl.fma(a, (size * LOG2E)[None, :], 1.0))
+
+
+@triton.jit
 def channels(block, per_group, width, LANES: tl.constexpr):
     """Group of a block; its channels, the last one repeated, so that loads need no mask; and where they repeat not."""
     group = block // per_group
@@ -61,10 +73,42 @@ def span(bounds, s, chunk, t, length, KEEP: tl.constexpr):
 @triton.jit
 def column(fixed, p, j, n: tl.constexpr, VARIES: tl.constexpr):
     """B or C at a step: that row as [N, 1], or if it does not vary in time the tile."""
-    if VARIES:
-        return tl.load(p + j, mask=j < n, other=0.0)[:, None]
-    else:
+    if not VARIES:
         return fixed
+    elif j.shape[0] == n:
+        return tl.load(p + j)[:, None]
+    else:
+        return tl.load(p + j, mask=j < n, other=0.0)[:, None]
+
+
+@triton.jit
+def _apart(v):
+    """The columns of [N, steps], each [N, 1]; steps is a power of two."""
+    if v.shape[1] == 1:
+        return (v,)
+    else:
+        even, odd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1] // 2, 2]))
+        evens, odds = _apart(even), _apart(odd)
+        rows = ()
+        for k in tl.static_range(v.shape[1] // 2):
+            rows += (evens[k], odds[k])
+        return rows
+
+
+@triton.jit
+def columns(fixed, p, row_stride, left, j, n: tl.constexpr, STEPS: tl.constexpr, VARIES: tl.constexpr):
+    """`column` at the next steps; the last one repeated if only `left` are left.
+
+    One load brings all: in a loop with `num_stages`, a copy to shared memory that every thread takes part in.
+    """
+    if VARIES:
+        to = p + (tl.minimum(tl.arange(0, STEPS), left - 1) * row_stride)[None, :] + j[:, None]
+        rows = _apart(tl.load(to) if j.shape[0] == n else tl.load(to, mask=(j < n)[:, None], other=0.0))
+    else:
+        rows = ()
+        for _ in tl.static_range(STEPS):
+            rows += (fixed,)
+    return rows
 
 
 @triton.jit
@@ -93,7 +137,7 @@ def chain(added, sums, A, first, chunks, blocks, N: tl.constexpr, LANES: tl.cons
             at = (s * chunks + (chunks - 1 - start - i if BACK else start + i)) * blocks + block
             there = lane * 0 + (start + i) < chunks
             tl.store(added + at * N * LANES + dense, h, mask=there[None, :])
-            h = tl.exp2(a * total[i][None, :]) * h + more[i]
+            h = 0.5 * twice_decay(a, total[i]) * h + more[i]
 
 
 # ---- launches --------------------------------------------------------------------------------------------------
@@ -114,11 +158,6 @@ def tiles(v, groups, N, lanes):
     more = -v.shape[-2] % lanes, N - v.shape[-1]
     v = F.pad(v, (0, more[1], 0, more[0])) if any(more) else v
     return v.flatten(-3, -2).unflatten(-2, (-1, lanes)).transpose(-1, -2).contiguous()
-
-
-def rates(A, groups, N, lanes):
-    """A as tiles, times log₂e: the kernels' exponentials are of base 2."""
-    return tiles(A * LOG2E.value, groups, N, lanes)
 
 
 def shared(v, groups, N, lanes):
@@ -148,11 +187,11 @@ def tile(n, elements):
     return N, lanes, max(1, N * lanes // (32 * elements))
 
 
-def cut(programs, t, n, wanted, cu_seqlens):
-    """(chunks, steps of one): time is cut where too few programs would run at a time."""
-    if cu_seqlens is not None or not 0 < programs * 2 <= wanted:
+def cut(warps, t, n, wanted, cu_seqlens):
+    """(chunks, steps of one): time is cut where too few warps would run at a time; no more than wanted come of it."""
+    if cu_seqlens is not None or not 0 < warps * 2 <= wanted:
         return 1, t
     keep = keep_every(n)
-    length = max(-(-t // -(-wanted // programs)), SHORTEST, 4 * n)
+    length = max(-(-t // (wanted // warps)), SHORTEST, 4 * n)
     length = -(-length // keep) * keep
     return max(1, -(-t // length)), length

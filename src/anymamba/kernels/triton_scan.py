@@ -1,8 +1,9 @@
 """Selective scan on a GPU: a program walks over time with the state of a block of channels in registers.
 
-A few steps are loaded before the steps in front of them are computed. Where blocks and sequences are too few for the
-chip, time is cut into chunks as well: a first walk finds what each adds to the state, `triton_common.chain` passes
-that on, and a second walk computes the outputs. Backward is in `triton_scan_backward.py`.
+While a few steps are computed, those after them are loaded, B and C into shared memory. Where blocks and sequences are
+too few for the chip, time is cut into chunks as well: a first walk finds what each adds to the state,
+`triton_common.chain` passes that on, and a second walk computes the outputs. Backward is in
+`triton_scan_backward.py`.
 """
 
 import torch
@@ -13,9 +14,9 @@ from anymamba.kernels.triton_common import (
     chain,
     channels,
     column,
+    columns,
     cut,
     keep_every,
-    rates,
     shared,
     sigmoid,
     softplus,
@@ -23,33 +24,35 @@ from anymamba.kernels.triton_common import (
     strides,
     tile,
     tiles,
+    twice_decay,
     unit,
 )
 from anymamba.kernels.triton_sum import on
 
-STEPS = 4  # loaded at a time
-WANTED = 2112  # programs of one warp: four for each scheduler of a large GPU
+WANTED = 1584  # warps: as many as run at a time on a large GPU, 12 on each of 132 multiprocessors
 
 
 @triton.jit
-def _load(p, row_stride, channel, some, STEPS: tl.constexpr):
-    """The next steps, one [lanes] each; nothing is read unless `some`."""
+def _load(p, row_stride, channel, STEPS: tl.constexpr):
+    """The next steps, one [lanes] each."""
     rows = ()
-    for i in tl.static_range(STEPS):
-        rows += (tl.load(p + (i * row_stride + channel), mask=some),)
+    for k in tl.static_range(STEPS):
+        rows += (tl.load(p + (k * row_stride + channel)),)
     return rows
 
 
 @triton.jit
-def _step(h, a, dt, x, z, b, c, dt_bias, D, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr):
-    """State after one step, its step size, and its output."""
+def _step(h, a, dt, x, z, b, c, dt_bias, D, k: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
+          OUT: tl.constexpr):  # fmt: skip
+    """2^(k + 1) times the state after step k of a group, from 2^k times the one before; its step size; its output."""
+    SCALE: tl.constexpr = 2 << k
     s, x = dt.to(tl.float32) + dt_bias, x.to(tl.float32)
     if SOFTPLUS:
         s = softplus(s)
-    h = tl.exp2(a * s[None, :]) * h + b * (s * x)[None, :]
+    h = twice_decay(a, s) * h + b * (s * x * SCALE)[None, :]
     y = x
     if OUT:
-        y = tl.sum(h * c, 0) + D * x
+        y = tl.sum(h * c, 0) * (1 / SCALE) + D * x
         if GATE:
             z = z.to(tl.float32)
             y *= z * sigmoid(z)
@@ -101,26 +104,30 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
     wide = s * 0  # makes offsets 64-bit
     groups_of_steps = count // STEPS
-    some = lane < LANES * tl.minimum(groups_of_steps, 1)  # a mask that is one number fails in Triton's interpreter
-    dts, xs = _load(dt, dt_t, channel, some, STEPS), _load(x, x_t, channel, some, STEPS)
-    zs = _load(z, z_t, channel, some, STEPS) if z is not None else xs
-    for i in range(groups_of_steps):
-        if saved is not None and i % (KEEP // STEPS) == 0:
-            tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
-        ahead = wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
-        next_dts = _load(dt + ahead * dt_t, dt_t, channel, some, STEPS)
-        next_xs = _load(x + ahead * x_t, x_t, channel, some, STEPS)
-        next_zs = _load(z + ahead * z_t, z_t, channel, some, STEPS) if z is not None else next_xs
-        here = wide + i * STEPS
-        for k in tl.static_range(STEPS):
-            b = column(B_tile, B + here * B_t + k * B_t, j, n, B_fixed is None)
-            c = column(C_tile, C + here * C_t + k * C_t, j, n, OUT and C_fixed is None)
-            h, size, out = _step(h, a, dts[k], xs[k], zs[k], b, c, bias, skip, SOFTPLUS, z is not None, OUT)
-            if OUT:
-                tl.store(y + here * d + (k * d + channel), out.to(y.dtype.element_ty), mask=inside)
-            else:
-                total += size
-        dts, xs, zs = next_dts, next_xs, next_zs
+    if groups_of_steps > 0:
+        dts, xs = _load(dt, dt_t, channel, STEPS), _load(x, x_t, channel, STEPS)
+        zs = _load(z, z_t, channel, STEPS) if z is not None else xs
+        for i in tl.range(groups_of_steps, num_stages=2):  # for B and C; what has 16 bits it would not bring early
+            here, ahead = wide + i * STEPS, wide + tl.minimum(i + 1, groups_of_steps - 1) * STEPS
+            next_dts = _load(dt + ahead * dt_t, dt_t, channel, STEPS)
+            next_xs = _load(x + ahead * x_t, x_t, channel, STEPS)
+            next_zs = _load(z + ahead * z_t, z_t, channel, STEPS) if z is not None else next_xs
+            bs = columns(B_tile, B + here * B_t, B_t, STEPS, j, n, STEPS, B_fixed is None)
+            cs = columns(C_tile, C + here * C_t, C_t, STEPS, j, n, STEPS, OUT and C_fixed is None)
+            if saved is not None and i % (KEEP // STEPS) == 0:
+                tl.store(saved + ((slot + i // (KEEP // STEPS)) * blocks + block) * N * LANES + dense, h)
+            outs = ()
+            for k in tl.static_range(STEPS):
+                h, size, out = _step(h, a, dts[k], xs[k], zs[k], bs[k], cs[k], bias, skip, k, SOFTPLUS, z is not None,
+                                     OUT)  # fmt: skip
+                outs += (out,)
+                if not OUT:
+                    total += size
+            h *= 1 / (1 << STEPS)
+            if OUT:  # after all loads, which would wait for it
+                for k in tl.static_range(STEPS):
+                    tl.store(y + here * d + (k * d + channel), outs[k].to(y.dtype.element_ty), mask=inside)
+            dts, xs, zs = next_dts, next_xs, next_zs
 
     rest = groups_of_steps * STEPS
     if saved is not None and (rest < count) & (rest % KEEP == 0):
@@ -131,7 +138,8 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
         c = column(C_tile, C + here * C_t, j, n, OUT and C_fixed is None)
         now_z = tl.load(z + here * z_t + channel) if z is not None else 0.0
         h, size, out = _step(h, a, tl.load(dt + here * dt_t + channel), tl.load(x + here * x_t + channel), now_z, b, c,
-                             bias, skip, SOFTPLUS, z is not None, OUT)  # fmt: skip
+                             bias, skip, 0, SOFTPLUS, z is not None, OUT)  # fmt: skip
+        h *= 0.5
         if OUT:
             tl.store(y + here * d + channel, out.to(y.dtype.element_ty), mask=inside)
         else:
@@ -148,15 +156,16 @@ def scan_forward(x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums
 
 
 def layout(x, A, groups):
-    """(N, lanes, warps, blocks of channels of a group, all blocks) of the forward walk."""
-    N, lanes, warps = tile(A[1], 32 if A[1] > 32 else 16)
+    """(steps loaded at a time, N, lanes, warps, blocks of channels of a group, all blocks) of the forward walk."""
+    steps, elements = (8, 16) if A[1] <= 32 else (4, 32)
+    N, lanes, warps = tile(A[1], elements)
     per_group = triton.cdiv(x[2] // groups, lanes)
-    return N, lanes, warps, per_group, groups * per_group
+    return steps, N, lanes, warps, per_group, groups * per_group
 
 
 def saved_shape(x, A, groups, sequences):
     """Shape of the states kept for backward, (slots, blocks, N, lanes), from the shapes of x and A."""
-    N, lanes, _, _, blocks = layout(x, A, groups)
+    _, N, lanes, _, _, blocks = layout(x, A, groups)
     return x[0] * x[1] // keep_every(A[1]) + sequences, blocks, N, lanes
 
 
@@ -174,17 +183,17 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     if last.numel() == 0:
         return y, last, saved
 
-    N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
-    chunks, length = cut(sequences * blocks, t, n, WANTED, cu_seqlens)
+    steps, N, lanes, warps, per_group, blocks = layout(x.shape, A.shape, groups)
+    chunks, length = cut(sequences * blocks * warps, t, n, WANTED, cu_seqlens)
     x, dt, z, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, D, dt_bias, cu_seqlens))
-    A, added = rates(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
+    A, added = tiles(A, groups, N, lanes), tiles(initial_state, groups, N, lanes)
     (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
 
     def walk(y, z, added, sums, saved, launched):
         scan_forward[(sequences * launched * blocks,)](
             x, dt, z, y, A, B, C, B_fixed, C_fixed, D, dt_bias, added, sums, last, saved, cu_seqlens, *strides(x),
             *strides(dt), *strides(z), *B_strides, *C_strides, t, length, chunks, launched, d, blocks, per_group,
-            d // groups, n, N, lanes, STEPS, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
+            d // groups, n, N, lanes, steps, keep_every(n), dt_softplus, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on(x.device):

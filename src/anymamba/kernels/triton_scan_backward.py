@@ -2,8 +2,10 @@
 
 The saved states cut time into pieces, walked from last to first. A piece is first walked forwards, and the state kept
 before every fourth step; then, four steps at a time, the states are recomputed into registers and walked backwards
-with the gradient of the state. The sums over channels for dB and dC of four steps are made together (`_merge`). They
-leave as partial sums of a few blocks of channels each, which are added afterwards in a fixed order.
+with the gradient of the state. Walking doubles both (`twice_decay`), so that the product of a state and a gradient is
+always 2^STEPS times itself. As in forward, what a group of steps reads comes a group ahead. The sums over channels for
+dB and dC of four steps are made together (`_merge`). They leave as partial sums of a few blocks of channels each, which
+are added afterwards in a fixed order.
 """
 
 import torch
@@ -14,10 +16,9 @@ from anymamba.kernels.triton_common import (
     LOG2E,
     chain,
     channels,
-    column,
+    columns,
     cut,
     keep_every,
-    rates,
     shared,
     sigmoid,
     softplus,
@@ -25,13 +26,14 @@ from anymamba.kernels.triton_common import (
     strides,
     tile,
     tiles,
+    twice_decay,
     unit,
 )
 from anymamba.kernels.triton_scan import layout
 from anymamba.kernels.triton_sum import on
 
 STEPS = 4  # whose states are in registers; `_merge` is made for four
-WANTED = 1056  # programs of one warp: as many as run at a time on a large GPU
+WANTED = 2112  # warps: two waves of 8 on each of 132 multiprocessors
 
 
 @triton.jit
@@ -41,6 +43,15 @@ def _load(p, row_stride, channel, left, STEPS: tl.constexpr):
     for k in tl.static_range(STEPS):
         rows += (tl.load(p + (tl.minimum(k, left - 1) * row_stride + channel)),)
     return rows
+
+
+@triton.jit
+def _group(dt, x, dy, z, at, count, dt_t, x_t, dy_t, z_t, channel, STEPS: tl.constexpr):
+    """What the steps from `at` read that differs between channels."""
+    left = (count - at).to(tl.int32)
+    dts, xs = _load(dt + at * dt_t, dt_t, channel, left, STEPS), _load(x + at * x_t, x_t, channel, left, STEPS)
+    dys = _load(dy + at * dy_t, dy_t, channel, left, STEPS)
+    return dts, xs, dys, _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
 
 
 @triton.jit
@@ -96,12 +107,14 @@ def scan_adjoint(dy, dt, z, A, C, C_fixed, dt_bias, added, sums, dy_b, dy_t, dt_
 
     g, total = tl.zeros([N, LANES], tl.float32), tl.zeros([LANES], tl.float32)
     quads = tl.cdiv(count, STEPS)
-    for i in range(quads):
+    at = s * 0 + (quads - 1) * STEPS
+    dts, _, dys, zs = _group(dt, dt, dy, z, at, count, dt_t, dt_t, dy_t, z_t, channel, STEPS)
+    for i in tl.range(quads, num_stages=2):
         at = s * 0 + (quads - 1 - i) * STEPS
         left = (count - at).to(tl.int32)
-        dts, dys = _load(dt + at * dt_t, dt_t, channel, left, STEPS), _load(dy + at * dy_t, dy_t, channel, left, STEPS)
-        zs = _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
-        C_at = C + at * C_t
+        cs = columns(C_tile, C + at * C_t, C_t, left, j, n, STEPS, C_fixed is None)
+        ahead = s * 0 + tl.maximum(quads - 2 - i, 0) * STEPS
+        next_dts, _, next_dys, next_zs = _group(dt, dt, dy, z, ahead, count, dt_t, dt_t, dy_t, z_t, channel, STEPS)
         for k in tl.static_range(STEPS - 1, -1, -1):
             alive = lane * 0 + k < left
             size = _step_size(dts[k], bias, alive, SOFTPLUS)[0]
@@ -109,35 +122,31 @@ def scan_adjoint(dy, dt, z, A, C, C_fixed, dt_bias, added, sums, dy_b, dy_t, dt_
             if z is not None:
                 gate = zs[k].to(tl.float32)
                 gy *= gate * sigmoid(gate)
-            c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
-            g = tl.exp2(a * size[None, :]) * (g + c * gy[None, :])
+            g = twice_decay(a, size) * (g + cs[k] * (gy * (1 << (STEPS - 1 - k)))[None, :])
             total += size
+        g *= 1 / (1 << STEPS)
+        dts, dys, zs = next_dts, next_dys, next_zs
     at = (s * chunks + chunk) * blocks + block
     tl.store(added + at * N * LANES + dense, g)
     tl.store(sums + at * LANES + lane, total)
 
 
 @triton.jit
-def _advance(h, a, x, dt, B, B_tile, x_t, dt_t, B_t, channel, bias, j, n: tl.constexpr, STEPS: tl.constexpr,
-             SOFTPLUS: tl.constexpr, VARIES: tl.constexpr):  # fmt: skip
+def _advance(h, a, dts, xs, bs, bias, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """The state after the next steps."""
-    dts, xs = _load(dt, dt_t, channel, STEPS, STEPS), _load(x, x_t, channel, STEPS, STEPS)
     for k in tl.static_range(STEPS):
         size = _step_size(dts[k], bias, True, SOFTPLUS)[0]
-        b = column(B_tile, B + k * B_t, j, n, VARIES)
-        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
-    return h
+        h = twice_decay(a, size) * h + bs[k] * (size * xs[k].to(tl.float32) * (2 << k))[None, :]
+    return h * (1 / (1 << STEPS))
 
 
 @triton.jit
-def _recompute(h, a, dts, xs, B, B_tile, B_t, left, bias, lane, j, n: tl.constexpr, STEPS: tl.constexpr,
-               SOFTPLUS: tl.constexpr, VARIES: tl.constexpr):  # fmt: skip
-    """The state after each of the next steps, their sizes, and the slopes of these in dt."""
+def _recompute(h, a, dts, xs, bs, left, bias, lane, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """2^(k + 1) times the state after each of the next steps k, their sizes, and the slopes of these in dt."""
     hs, sizes, slopes = (), (), ()
     for k in tl.static_range(STEPS):
         size, slope = _step_size(dts[k], bias, lane * 0 + k < left, SOFTPLUS)
-        b = column(B_tile, B + tl.minimum(k, left - 1) * B_t, j, n, VARIES)
-        h = tl.exp2(a * size[None, :]) * h + b * (size * xs[k].to(tl.float32))[None, :]
+        h = twice_decay(a, size) * h + bs[k] * (size * xs[k].to(tl.float32) * (2 << k))[None, :]
         hs += (h,)
         sizes += (size,)
         slopes += (slope,)
@@ -145,10 +154,19 @@ def _recompute(h, a, dts, xs, B, B_tile, B_t, left, bias, lane, j, n: tl.constex
 
 
 @triton.jit
-def _leave(four, partial, row, left, more, j, n: tl.constexpr):
+def _tile(p, left):
+    """A tile, loaded only here: what is under a condition is not brought early. At least one step is left."""
+    v = tl.zeros(p.shape, tl.float32)
+    if left > 0:
+        v = tl.load(p)
+    return v
+
+
+@triton.jit
+def _leave(four, partial, row, left, more, j, n: tl.constexpr, STEPS: tl.constexpr):
     """Sums the merged tiles of four steps over lanes and puts them in their rows, B before C; adds if there is more."""
     N: tl.constexpr = four.shape[0]
-    four = tl.sum(tl.reshape(four, [N, 8, four.shape[1] // 8]), 2)
+    four = tl.sum(tl.reshape(four, [N, 8, four.shape[1] // 8]), 2) * (1 / (1 << STEPS))
     i = tl.arange(0, 8)  # bits: B or C, odd step, later two steps
     step = i % 2 * 2 + i // 2 % 2
     to = partial + (step * row + i // 4 * n)[None, :] + j[:, None]
@@ -159,10 +177,16 @@ def _leave(four, partial, row, left, more, j, n: tl.constexpr):
 
 
 @triton.jit
-def _ungate(gy, z, h, c, x, D, dz, mask):
-    """Gradient before the gate; stores the gate's own."""
+def _store(p, at, v, mask):
+    if p is not None:
+        tl.store(p + at, v, mask=mask)
+
+
+@triton.jit
+def _ungate(gy, z, h, c, x, D, dz, mask, k: tl.constexpr):
+    """Gradient before the gate; stores the gate's own. h: as after step k."""
     z = z.to(tl.float32)
-    out = tl.sum(h * c, 0) + D * x
+    out = tl.sum(h * c, 0) * (1 / (2 << k)) + D * x
     sig = sigmoid(z)
     silu = z * sig
     tl.store(dz, (gy * out * (sig + silu * (1.0 - sig))).to(dz.dtype.element_ty), mask=mask)
@@ -173,8 +197,8 @@ def _ungate(gy, z, h, c, x, D, dz, mask):
     do_not_specialize=["t", "length", "chunks", "blocks", "per_group", "width", "saved_blocks", "shares", "share"],
     do_not_specialize_on_alignment=["A", "A_again", "B_fixed", "C_fixed", "added", "saved", "scratch"],
 )
-def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch,
-                  bounds, dA, dB_fixed, dC_fixed, partial, dD, dbias, dinitial,
+def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed, C_fixed, D, dt_bias, saved, added,
+                  scratch, bounds, dA, dB_fixed, dC_fixed, partial, dD, dbias, dinitial,
                   dy_b, dy_t, x_b, x_t, dt_b, dt_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g,
                   t, length, chunks, d, rows, blocks, per_group, width, saved_blocks, shares, share,
                   n: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, SAVED_LANES: tl.constexpr,
@@ -196,6 +220,7 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed,
     if z is not None:
         z += row * z_b + start * z_t
     B += row * B_b + start * B_t + group * B_g
+    B_again += row * B_b + start * B_t + group * B_g
     C += row * C_b + start * C_t + group * C_g
 
     for block in range(part * share, tl.minimum((part + 1) * share, per_group)):
@@ -217,79 +242,80 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, C, B_fixed, C_fixed,
 
         for i in range(pieces):
             piece = wide + (pieces - 1 - i)
-            begin = kept + piece * saved_blocks * N * SAVED_LANES
             quads = tl.cdiv(tl.minimum(KEEP, count - piece * KEEP), STEPS).to(tl.int32)
-            h = tl.load(begin)
+            h, a = tl.load(kept + piece * saved_blocks * N * SAVED_LANES), tl.load(A + tile)
             tl.store(scratch + dense, h)
-            a = tl.load(A + tile)
-            for q in range(quads - 1):
+            at = piece * KEEP
+            dts, xs = _group(dt, x, dy, z, at, count, dt_t, x_t, dy_t, z_t, channel, STEPS)[:2]
+            at += (quads - 1) * STEPS  # the walk backwards begins there
+            dys, zs = _group(dt, x, dy, z, at, count, dt_t, x_t, dy_t, z_t, channel, STEPS)[2:]
+            for q in tl.range(quads - 1, num_stages=2):
                 at = piece * KEEP + q * STEPS
-                h = _advance(h, a, x + at * x_t, dt + at * dt_t, B + at * B_t, B_tile, x_t, dt_t, B_t, channel, bias, j,
-                             n, STEPS, SOFTPLUS, B_fixed is None)  # fmt: skip
+                bs = columns(B_tile, B + at * B_t, B_t, STEPS, j, n, STEPS, B_fixed is None)
+                at += STEPS
+                next_dts, next_xs = _group(dt, x, dy, z, at, count, dt_t, x_t, dy_t, z_t, channel, STEPS)[:2]
+                h = _advance(h, a, dts, xs, bs, bias, STEPS, SOFTPLUS)
                 tl.store(scratch + (q + 1) * N * LANES + dense, h)
+                dts, xs = next_dts, next_xs
             tl.debug_barrier()
-            for i_back in range(quads):
+            for i_back in tl.range(quads, num_stages=2):
                 q = quads - 1 - i_back
-                h = tl.load(scratch + q * N * LANES + dense)
                 at = piece * KEEP + q * STEPS
                 left = (count - at).to(tl.int32)
-                dts = _load(dt + at * dt_t, dt_t, channel, left, STEPS)
-                xs = _load(x + at * x_t, x_t, channel, left, STEPS)
-                dys = _load(dy + at * dy_t, dy_t, channel, left, STEPS)
-                zs = _load(z + at * z_t, z_t, channel, left, STEPS) if z is not None else dys
-                B_at, C_at, out = B + at * B_t, C + at * C_t, (flat + at) * d
-                a = tl.load(A + tile)
-                hs, sizes, slopes = _recompute(h, a, dts, xs, B_at, B_tile, B_t, left, bias, lane, j, n, STEPS,
-                                               SOFTPLUS, B_fixed is None)  # fmt: skip
-                a = tl.load(A_again + tile)  # from here: else all decays would be kept in registers, and more spilled
+                before = _tile(scratch + q * N * LANES + dense, left)
+                ahead = piece * KEEP + tl.maximum(q - 1, 0) * STEPS
+                next_dts, next_xs, next_dys, next_zs = _group(dt, x, dy, z, ahead, count, dt_t, x_t, dy_t, z_t, channel,
+                                                              STEPS)  # fmt: skip
+                out = (flat + at) * d
+                bs = columns(B_tile, B + at * B_t, B_t, left, j, n, STEPS, B_fixed is None)
+                cs = columns(C_tile, C + at * C_t, C_t, left, j, n, STEPS, C_fixed is None)
+                a = _tile(A + tile, left)
+                hs, sizes, slopes = _recompute(before, a, dts, xs, bs, left, bias, lane, STEPS, SOFTPLUS)
+                # from here: else all decays and all of B would be kept in registers, and more spilled
+                a = _tile(A_again + tile, left)
+                bs = columns(B_tile, B_again + at * B_t, B_t, left, j, n, STEPS, B_fixed is None)
+                sums = ()
                 for k in tl.static_range(STEPS - 1, -1, -1):
                     alive, here = lane * 0 + k < left, k * d + channel
                     x_k, size = xs[k].to(tl.float32), sizes[k]
                     gy = tl.where(alive & inside, dys[k].to(tl.float32), 0.0)
-                    c = column(C_tile, C_at + tl.minimum(k, left - 1) * C_t, j, n, C_fixed is None)
                     if z is not None:
-                        gy = _ungate(gy, zs[k], hs[k], c, x_k, skip, dz + out + here, alive & inside)
-                    g += c * gy[None, :]
-                    by_B, by_C = g * (size * x_k)[None, :], hs[k] * gy[None, :]
+                        gy = _ungate(gy, zs[k], hs[k], cs[k], x_k, skip, dz + out + here, alive & inside, k)
+                    scaled = gy * (1 << (STEPS - 1 - k))
+                    g += cs[k] * scaled[None, :]
+                    by_B, by_C = g * (size * x_k * (2 << k))[None, :], hs[k] * scaled[None, :]
                     if B_fixed is not None:
                         sum_B += by_B
                     if C_fixed is not None:
                         sum_C += by_C
                     if partial is not None:
-                        both = _merge(by_B, by_C, 0)
-                        if k % 2 == 1:
-                            odd = both
-                        elif k == 2:
-                            late = _merge(both, odd, 1)
-                        else:
-                            four = _merge(_merge(both, odd, 1), late, 2)
-                    b = column(B_tile, B_at + tl.minimum(k, left - 1) * B_t, j, n, B_fixed is None)
-                    gb = tl.sum(g * b, 0)
-                    g *= tl.exp2(a * size[None, :])
-                    through = g * (hs[k - 1] if k > 0 else tl.load(scratch + q * N * LANES + dense))
+                        sums += (_merge(by_B, by_C, 0),)
+                    gb = tl.sum(g * bs[k], 0) * (1 / (1 << (STEPS - 1 - k)))
+                    g *= twice_decay(a, size)
+                    through = g * (hs[k - 1] if k > 0 else _tile(scratch + q * N * LANES + dense, left))
                     sum_A += through * size[None, :]
-                    d_dt = (tl.sum(through * a, 0) * (1 / LOG2E) + gb * x_k) * slopes[k]
+                    d_dt = (tl.sum(through * a, 0) * (1 / (1 << STEPS)) + gb * x_k) * slopes[k]
                     tl.store(dx + out + here, (gb * size + skip * gy).to(dx.dtype.element_ty), mask=alive & inside)
                     tl.store(ddt + out + here, d_dt.to(ddt.dtype.element_ty), mask=alive & inside)
                     sum_D += gy * x_k
                     sum_bias += tl.where(alive, d_dt, 0.0)
+                g *= 1 / (1 << STEPS)
+                dts, xs, dys, zs = next_dts, next_xs, next_dys, next_zs
                 if partial is not None:
+                    four = _merge(_merge(sums[3], sums[2], 1), _merge(sums[1], sums[0], 1), 2)
                     to = ((wide + part) * rows + flat + at) * n_groups + group
-                    _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n)
+                    _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n, STEPS)
             tl.debug_barrier()
 
+        once: tl.constexpr = 1 / (1 << STEPS)
         ours = (j < n)[:, None] & inside[None, :]
         at = (s * chunks + chunk) * d + channel
         to = at[None, :] * n + j[:, None]
-        tl.store(dA + to, sum_A, mask=ours)
-        if B_fixed is not None:
-            tl.store(dB_fixed + to, sum_B, mask=ours)
-        if C_fixed is not None:
-            tl.store(dC_fixed + to, sum_C, mask=ours)
-        if D is not None:
-            tl.store(dD + at, sum_D, mask=inside)
-        if dt_bias is not None:
-            tl.store(dbias + at, sum_bias, mask=inside)
+        tl.store(dA + to, sum_A * once, mask=ours)
+        _store(dB_fixed, to, sum_B * once, ours)
+        _store(dC_fixed, to, sum_C * once, ours)
+        _store(dD, at, sum_D, inside)
+        _store(dbias, at, sum_bias, inside)
         if chunk == 0:
             tl.store(dinitial + (s * d + channel[None, :]) * n + j[:, None], g, mask=ours)
 
@@ -307,9 +333,9 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     N, lanes, warps = tile(n, 16)
     per_group = triton.cdiv(d // groups, lanes)
     blocks = groups * per_group
-    share = min(16, triton.cdiv(4 * n, lanes), max(per_group, 1))  # bounds the memory of partial sums
+    share = min(triton.cdiv(n, 8 * lanes), max(per_group, 1))  # partial sums take at most 64 bytes an element
     shares = groups * triton.cdiv(per_group, share)
-    chunks, length = cut(sequences * shares, t, n, WANTED, cu_seqlens)
+    chunks, length = cut(sequences * shares * warps, t, n, WANTED, cu_seqlens)
 
     x, dt, z, dy, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, dy, D, dt_bias, cu_seqlens))
     dx, ddt = x.new_empty(b, t, d), x.new_empty(b, t, d)
@@ -320,7 +346,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     dD, dbias = (None if v is None else torch.empty(parts, d, **real) for v in (D, dt_bias))
     partial = torch.empty(shares // groups, b, t, groups, 2, n, **real) if None in d_fixed else None
     if dA.numel():
-        A, added = rates(A, groups, N, lanes), tiles(dfinal_state, groups, N, lanes)
+        A, added = tiles(A, groups, N, lanes), tiles(dfinal_state, groups, N, lanes)
         (B, B_strides, B_fixed), (C, C_strides, C_fixed) = shared(B, groups, N, lanes), shared(C, groups, N, lanes)
         with on(x.device):
             if chunks > 1:
@@ -334,13 +360,13 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
                 chain[(sequences * blocks,)](added, sums, A, last, chunks, blocks, N, lanes, True, num_warps=warps,
                                              enable_fp_fusion=True)  # fmt: skip
             keep = keep_every(n)
-            _, saved_lanes, _, _, saved_blocks = layout(x.shape, (d, n), groups)
+            _, _, saved_lanes, _, _, saved_blocks = layout(x.shape, (d, n), groups)
             scratch = torch.empty(parts * shares, keep // STEPS, N, lanes, **real)
             scan_backward[(parts * shares,)](
-                dy, x, dt, z, dx, ddt, dz, A, A, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch, cu_seqlens,
-                dA, *d_fixed, partial, dD, dbias, dinitial, *strides(dy), *strides(x), *strides(dt), *strides(z),
-                *B_strides, *C_strides, t, length, chunks, d, b * t, blocks, per_group, d // groups, saved_blocks,
-                shares, share, n, N, lanes, saved_lanes, STEPS, keep, dt_softplus, num_warps=warps,
+                dy, x, dt, z, dx, ddt, dz, A, A, B, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch,
+                cu_seqlens, dA, *d_fixed, partial, dD, dbias, dinitial, *strides(dy), *strides(x), *strides(dt),
+                *strides(z), *B_strides, *C_strides, t, length, chunks, d, b * t, blocks, per_group, d // groups,
+                saved_blocks, shares, share, n, N, lanes, saved_lanes, STEPS, keep, dt_softplus, num_warps=warps,
                 enable_fp_fusion=True,
             )  # fmt: skip
     dB, dC = _restore(partial, d_fixed, inputs)
