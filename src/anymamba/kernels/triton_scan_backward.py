@@ -333,7 +333,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     N, lanes, warps = tile(n, 16)
     per_group = triton.cdiv(d // groups, lanes)
     blocks = groups * per_group
-    share = min(triton.cdiv(n, 8 * lanes), max(per_group, 1))  # partial sums take at most 64 bytes an element
+    share = min(triton.cdiv(n, 4 * lanes), max(per_group, 1))  # partial sums take at most 32 bytes an element
     shares = groups * triton.cdiv(per_group, share)
     chunks, length = cut(sequences * shares * warps, t, n, WANTED, cu_seqlens)
 
