@@ -125,7 +125,7 @@ class MambaLM(nn.Module):
         if cu_seqlens is None:
             read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         else:
-            read = cu_seqlens.diff().to(x.device, torch.int64)
+            read = cu_seqlens.diff().to(x.device, torch.int64, non_blocking=True)  # of a temporary: no need to wait
         return x, MambaState(tuple(layers), read if state is None else state.seen + read)
 
     def _drop(self, x):

@@ -242,6 +242,7 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
 
         for i in range(pieces):
             piece = wide + (pieces - 1 - i)
+            piece_D, piece_bias = lane * 0.0, lane * 0.0  # small sums first: over long texts a sum gets coarse
             quads = tl.cdiv(tl.minimum(KEEP, count - piece * KEEP), STEPS).to(tl.int32)
             h, a = tl.load(kept + piece * saved_blocks * N * SAVED_LANES), tl.load(A + tile)
             tl.store(scratch + dense, h)
@@ -252,8 +253,7 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
             for q in tl.range(quads - 1, num_stages=2):
                 at = piece * KEEP + q * STEPS
                 bs = columns(B_tile, B + at * B_t, B_t, STEPS, j, n, STEPS, B_fixed is None)
-                at += STEPS
-                next_dts, next_xs = _group(dt, x, dy, z, at, count, dt_t, x_t, dy_t, z_t, channel, STEPS)[:2]
+                next_dts, next_xs = _group(dt, x, dy, z, at + STEPS, count, dt_t, x_t, dy_t, z_t, channel, STEPS)[:2]
                 h = _advance(h, a, dts, xs, bs, bias, STEPS, SOFTPLUS)
                 tl.store(scratch + (q + 1) * N * LANES + dense, h)
                 dts, xs = next_dts, next_xs
@@ -297,14 +297,14 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
                     d_dt = (tl.sum(through * a, 0) * (1 / (1 << STEPS)) + gb * x_k) * slopes[k]
                     tl.store(dx + out + here, (gb * size + skip * gy).to(dx.dtype.element_ty), mask=alive & inside)
                     tl.store(ddt + out + here, d_dt.to(ddt.dtype.element_ty), mask=alive & inside)
-                    sum_D += gy * x_k
-                    sum_bias += tl.where(alive, d_dt, 0.0)
+                    piece_D, piece_bias = piece_D + gy * x_k, piece_bias + tl.where(alive, d_dt, 0.0)
                 g *= 1 / (1 << STEPS)
                 dts, xs, dys, zs = next_dts, next_xs, next_dys, next_zs
                 if partial is not None:
                     four = _merge(_merge(sums[3], sums[2], 1), _merge(sums[1], sums[0], 1), 2)
                     to = ((wide + part) * rows + flat + at) * n_groups + group
                     _leave(four, partial + to * 2 * n, n_groups * 2 * n, left, block > part * share, j, n, STEPS)
+            sum_D, sum_bias = sum_D + piece_D, sum_bias + piece_bias
             tl.debug_barrier()
 
         once: tl.constexpr = 1 / (1 << STEPS)
