@@ -109,7 +109,7 @@ class Engine:
     def counters(self) -> Counters:
         """A snapshot, consistent in itself."""
         with self._changed:
-            running = len({id(self._batch.handles[i]) for i in self._batch.going()})
+            running = len({id(handle) for handle in self._batch.handles if not handle.done})
             stages = {"waiting": len(self._waiting), "reading": len(self._reading), "running": running}
             names = ("submitted", "finished", "cancelled", "failed", "prefill_tokens", "generated_tokens", "steps")
             return Counters(slots=self._slots(), **stages, **{name: self._counts[name] for name in names})
@@ -185,8 +185,9 @@ class Engine:
     def _prefill(self):
         """Read the next pieces of prompts. Rows whose prompt is read join the batch, those that ended leave it."""
         jobs, pieces = self._pieces()
-        batch, read_out, error = self._batch.select(self._batch.going()), jobs, None
+        batch, read_out, error = self._batch, jobs, None
         try:
+            batch = batch.select(batch.going())
             if jobs:
                 logits, state = self._read_pieces(jobs, pieces)
                 read_out = [job for job in jobs if job.position == len(job.ids)]
@@ -231,12 +232,12 @@ class Engine:
                 return
             ids, events = self._write(batch)
             batch.logits, batch.state = read(self._model, ids[:, None], batch.state)
+            ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
+            completions = [row.completion(batch.state.select([i])) for i, row in ended]
         except Exception as error:
             with self._changed:
                 self._fail(error, list(zip(self._batch.handles, self._batch.rows, strict=True)))
             return
-        ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
-        completions = [row.completion(batch.state.select([i])) for i, row in ended]
         with self._changed:
             for (i, _), completion in zip(ended, completions, strict=True):
                 batch.handles[i]._events.append(replace(events[i], completion=completion))
@@ -277,8 +278,9 @@ class Engine:
     def _fail(self, error, handles_and_rows):
         traceback.clear_frames(error.__traceback__)  # else a handle that is kept would keep their tensors
         for handle, row in handles_and_rows:
-            handle.error = error
-            self._end(handle, row, "error")
+            if row.sample_index not in handle._completions:
+                handle.error = error
+                self._end(handle, row, "error")
 
     def _end(self, handle, row, reason, state=None):
         row.finish_reason = reason
