@@ -30,12 +30,12 @@ class Adder:
 
     def __init__(self):
         self.calls = []  # (tokens read, rows, was it a prompt?)
-        self.broken = False
+        self.broken = None  # what to raise
 
     def __call__(self, ids, state=None, lengths=None, last_only=False):
         assert last_only
         if self.broken:
-            raise RuntimeError("the machine is on fire")
+            raise self.broken
         b, t = ids.shape
         counts = torch.full((b,), t) if lengths is None else lengths
         self.calls.append((int(counts.sum()), b, lengths is not None))
@@ -255,6 +255,7 @@ def test_close_cancels_everything_and_refuses_more():
     handles = [engine.submit(greedy([1], 9)) for _ in range(3)]
     engine.step()
     engine.close()
+    assert all(h.done for h in handles)
     assert [h.result()[0].finish_reason for h in handles] == ["cancelled"] * 3
     with pytest.raises(AnymambaError, match="it is closed and takes no requests"):
         engine.submit(greedy([1], 9))
@@ -325,9 +326,9 @@ def test_an_error_of_the_model_ends_those_it_was_called_for():
     running = engine.submit(greedy([5], 50, n=2))
     engine.step()
     waiting = [engine.submit(greedy([i], 3)) for i in range(2)]
-    model.broken = True
+    model.broken = RuntimeError("the machine is on fire")
     engine.step()  # one of the two has a slot
-    model.broken = False
+    model.broken = None
     for handle in (running, waiting[0]):
         assert {c.finish_reason for c in handle.result()} == {"error"}
         assert str(handle.error) == "the machine is on fire"
@@ -336,6 +337,19 @@ def test_an_error_of_the_model_ends_those_it_was_called_for():
     assert waiting[1].error is None
     c = assert_counters_add_up(engine)
     assert (c.finished, c.failed, c.slots) == (1, 2, 0)
+
+
+def test_an_interrupt_leaves_the_engine_usable():
+    model = Adder()
+    engine = Engine(model, prefill_chunk=2)
+    running = engine.submit(greedy([5], 9))
+    engine.step()
+    model.broken = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    model.broken = None
+    assert running.result()[0].finish_reason == "error"
+    assert engine.submit(greedy([5], 9)).result()[0].ids == added([5], 9)
 
 
 def test_a_row_of_nan_fails_alone(model):
@@ -376,12 +390,12 @@ def test_nothing_leaks_whatever_comes_and_goes(seed):
         for handle in handles[-20:]:
             if rng.random() < 0.02:
                 cancels += handle.cancel()
-        model.broken = rng.random() < 0.01
+        model.broken = RuntimeError("out of memory") if rng.random() < 0.01 else None
         engine.step()
         c = assert_counters_add_up(engine)
         assert c.slots <= 5
         assert c.waiting <= 12
-    model.broken = False
+    model.broken = None
     engine.run()
     c = assert_counters_add_up(engine)
     assert (c.waiting, c.reading, c.running, c.slots) == (0, 0, 0, 0)

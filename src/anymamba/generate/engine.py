@@ -199,8 +199,9 @@ class Engine:
         with self._changed:
             self._reading = [job for job in self._reading if job not in read_out]
             self._batch = batch
-            self._counts["prefill_tokens"] += sum(map(len, pieces))
-            if error is not None:
+            if error is None:
+                self._counts["prefill_tokens"] += sum(map(len, pieces))
+            else:
                 self._fail(error, [(job.handle, row) for job in jobs for row in job.rows])
 
     def _pieces(self):
@@ -234,10 +235,12 @@ class Engine:
             batch.logits, batch.state = read(self._model, ids[:, None], batch.state)
             ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
             completions = [row.completion(batch.state.select([i])) for i, row in ended]
-        except Exception as error:
+        except BaseException as error:  # of an interrupt, too: rows may have a token that was not read
             with self._changed:
                 self._fail(error, list(zip(self._batch.handles, self._batch.rows, strict=True)))
-            return
+            if isinstance(error, Exception):
+                return
+            raise
         with self._changed:
             for (i, _), completion in zip(ended, completions, strict=True):
                 batch.handles[i]._events.append(replace(events[i], completion=completion))

@@ -56,7 +56,7 @@ class Handle:
 
     def __init__(self, request: Request, engine: _Waiter):
         self.request = request
-        self.error: Exception | None = None  # why it failed
+        self.error: BaseException | None = None  # why it failed
         self.cancelled = False  # whether `cancel` came before the end
         self._engine = engine
         self._events: deque[TokenEvent] = deque()
