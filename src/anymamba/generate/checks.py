@@ -1,0 +1,81 @@
+"""What `generate` and the engine refuse, before a model is called."""
+
+import math
+from numbers import Integral
+
+import torch
+
+from anymamba.errors import AnymambaError
+from anymamba.state import MambaState
+
+
+def checked_prompts(model, prompts, state):
+    """Each prompt as a tensor (t,) of int64."""
+    v = model.config.vocab_size
+    if v is None:
+        raise AnymambaError("generate: this model has no vocabulary, it maps features; use one made with vocab_size")
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
+    if len(prompts) == 0:
+        raise AnymambaError("generate: no prompts; pass a list of at least one")
+    if state is not None and state.batch_size != len(prompts):
+        rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
+        raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
+    prompts = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
+    for p, ids in enumerate(prompts):
+        if ids.dim() != 1:
+            raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
+        if len(ids) == 0:
+            raise AnymambaError(f"generate: prompt {p} is empty; give it a token to start from, such as the EOS id")
+        if ids.dtype.is_floating_point:
+            raise AnymambaError(f"generate: prompt {p} is {ids.dtype}, but token ids are whole numbers")
+        prompts[p] = ids = ids.long()
+        for t in ((ids < 0) | (ids >= v)).nonzero()[:1, 0].tolist():
+            what = f"prompt {p} has id {int(ids[t])} at position {t}, but the vocabulary has ids 0 … {v - 1}"
+            raise AnymambaError(f"generate: {what}; was it encoded with another tokenizer?")
+    return prompts
+
+
+def checked_state(model, state):
+    """A state from outside as `model` itself would give it, so that it can be laid beside others; None stays None."""
+    if state is None:
+        return None
+    dtype = model.backbone.norm_f.weight.dtype
+    shapes = lambda state: [(tuple(c.shape[1:]), tuple(s.shape[1:])) for c, s in state.layers]  # noqa: E731
+    got, want = shapes(state), shapes(MambaState.zeros(model.config, 1, device="meta"))
+    if got != want:
+        given = f"a state of {len(got)} layers of (conv, ssm) = {got[0]} for a model of {len(want)} of {want[0]}"
+        raise AnymambaError(f"generate: {given}; pass a state that this model has given")
+    return state.to(model.device, dtype, torch.float32)
+
+
+def check_rules(rules, vocab_size):
+    require_positive(max_new_tokens=rules.max_new_tokens)
+    if isinstance(rules.stop_ids, Integral) or not all(isinstance(id, Integral) for id in rules.stop_ids):
+        raise AnymambaError(f"generate: stop_ids={rules.stop_ids!r}, but it must be a list of token ids")
+    if isinstance(rules.stop_strings, str) or not all(isinstance(s, str) and s for s in rules.stop_strings):
+        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r}, but it must be a list, none empty")
+    for name, ids in (("stop_ids", rules.stop_ids), ("logit_bias", rules.sampling.logit_bias or ())):
+        for id in ids:
+            if not 0 <= id < vocab_size:
+                raise AnymambaError(f"generate: {name} has id {id}, but the vocabulary is 0 … {vocab_size - 1}")
+    if rules.stop_strings and rules.tokenizer is None:
+        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r} without a tokenizer; pass the model's")
+
+
+def check_beams(num_beams, n, sampling, length_penalty, on_token):
+    changes = {name: value for name, value in sampling.changes().items() if (name, value) != ("temperature", 0)}
+    if changes:
+        raise AnymambaError(f"generate: num_beams={num_beams} with {changes}: beam search does not sample, drop one")
+    if n > num_beams:
+        raise AnymambaError(f"generate: n={n} of num_beams={num_beams}; ask for as many beams as results, or more")
+    if on_token is not None:
+        raise AnymambaError(f"generate: on_token with num_beams={num_beams}: a beam is known only at the end, drop one")
+    if not isinstance(length_penalty, (int, float)) or not math.isfinite(length_penalty):
+        raise AnymambaError(f"generate: length_penalty={length_penalty!r}, but it must be a finite number (0: none)")
+
+
+def require_positive(**values):
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AnymambaError(f"generate: {name}={value!r}, but it must be a whole number of at least 1")
