@@ -14,7 +14,7 @@ import torch
 
 from anymamba import AnymambaError, backends, explain, reference
 from anymamba.kernels import numba_scan
-from anymamba.ops import add_rms_norm, causal_conv1d, causal_conv1d_step_, selective_scan, selective_step_
+from anymamba.ops import add_rms_norm, causal_conv1d, causal_conv1d_step_, linear, selective_scan, selective_step_
 from conftest import (
     OPTIONAL,
     assert_law,
@@ -448,6 +448,40 @@ def test_opcheck_norm(dtype, residual):
     for dtotal in (None, torch.ones_like(total)):
         back = (torch.ones_like(out), dtotal, total, inverse, a["weight"], dtype, "numba")
         torch.library.opcheck(torch.ops.anymamba.add_rms_norm_backward.default, back)
+
+
+# ---- a few rows times a matrix ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "outputs"), [(1, 1), (16, 3), (37, 130), (64, 65), (200, 64)])
+def test_linear(k, outputs, dtype, launches):
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(2, 2, k, generator=generator).to(dtype)
+    weight, bias = torch.randn(outputs, k, generator=generator).to(dtype), torch.randn(outputs).to(dtype)
+    with torch.no_grad():
+        for b in (None, bias):
+            got, plain = linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
+            exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+            assert_law(got, plain, exact, slack=1)
+    assert launches == ["linear_rows"] * 2
+
+
+def test_linear_where_torch_is_as_good(launches):
+    x, weight = torch.randn(1, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    with torch.no_grad():
+        for a, w in (
+            (x.float(), weight.float()),
+            (x.repeat(5, 1), weight),
+            (x.half(), weight.half()),
+            (x[:0], weight),
+            (x, torch.randn(8, 5).bfloat16().t()),
+        ):
+            torch.testing.assert_close(linear(a, w), torch.nn.functional.linear(a, w))
+    assert linear(x.requires_grad_(), weight).grad_fn is not None
+    with pytest.raises(RuntimeError, match=r"shape|size"), torch.no_grad():
+        linear(x[:, :7], weight)
+    assert launches == []
 
 
 # ---- long sums -------------------------------------------------------------------------------------------------

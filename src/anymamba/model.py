@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.layers import Block, MambaMixer, RMSNorm, is_bare, linear_cross_entropy
+from anymamba.layers import Block, Linear, MambaMixer, RMSNorm, is_bare, linear_cross_entropy
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
@@ -54,7 +54,7 @@ class MambaLM(nn.Module):
         self.dropout = 0.0  # share of what each block adds that is left out, in training mode
         self.backbone = Backbone(config, device=device, dtype=dtype)
         if config.vocab_size is not None:
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
+            self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
         self.tie_weights()
 

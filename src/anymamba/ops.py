@@ -5,12 +5,14 @@
 | `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py | triton_scan.py | cuda_scan.py |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
+| `linear` | torch | kernels/numba_linear.py, for a few rows of 16 bits | torch | torch |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
 Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
 """  # noqa: E501
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,8 +21,11 @@ from anymamba.backends import BACKENDS, choose, explain
 from anymamba.errors import AnymambaError
 from anymamba.registration import check_bounds
 
-__all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "selective_scan",
+__all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear", "selective_scan",
            "selective_step_"]  # fmt: skip
+
+# numbers of rows for which the kernel of a 16-bit `linear` on a CPU is faster than torch's, see docs/decisions.md
+FEW_ROWS = {torch.bfloat16: range(1, 5), torch.float16: range(2, 9)}
 
 
 # ---- public functions ------------------------------------------------------------------------------------------
@@ -153,6 +158,29 @@ def _scan_with_states(k, x, dt, A, B, C, D, z, initial_state, options):
         states.append(h)
     states = torch.stack(states, 1)
     return torch.cat(ys, 1), h, states if x.shape[1] else states[:, :0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…,k) times weight (outputs,k)ᵀ plus bias (outputs,): torch's own, but for decoding on a CPU.
+
+    There, for a few rows of bfloat16 or float16 without gradients, a kernel reads each weight from memory once.
+    """
+    if not _few_rows(x, weight):
+        return F.linear(x, weight, bias)
+    from anymamba.kernels.numba_linear import linear
+
+    y = linear(x.reshape(-1, x.shape[-1]), weight)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _few_rows(x, weight):
+    rows = FEW_ROWS.get(weight.dtype)
+    if rows is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != weight.dtype:
+        return False
+    plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
+    if not plain or weight.device.type != "cpu" or x.device != weight.device or x.shape[-1] != weight.shape[1]:
+        return False
+    return x.numel() // max(x.shape[-1], 1) in rows and explain("cpu", x.dtype)[0] == "numba"
 
 
 def _to(v, dtype):

@@ -4,22 +4,22 @@ Axes: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, s s
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
-from anymamba.ops import causal_conv1d, selective_scan
+from anymamba.layers.linear import Linear
+from anymamba.ops import causal_conv1d, linear, selective_scan
 from anymamba.state import LayerState
 
 
-class StepProjection(nn.Linear):
+class StepProjection(Linear):
     """The linear layer from rank r to the step sizes. Its bias is added inside the scan, in float32, not here.
 
     Still a Linear that is called, so that adapters (LoRA) on it work.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class MambaMixer(nn.Module):
@@ -30,13 +30,13 @@ class MambaMixer(nn.Module):
         m, d, n, r, w = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
         kw = {"device": device, "dtype": dtype}
         self.config = config
-        self.in_proj = nn.Linear(m, 2 * d, bias=config.bias, **kw)  # rows [x; z]
+        self.in_proj = Linear(m, 2 * d, bias=config.bias, **kw)  # rows [x; z]
         self.conv1d = nn.Conv1d(d, d, w, groups=d, bias=config.conv_bias, **kw)  # holds weights; `ops` convolves
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False, **kw)  # rows [dt; B; C]
+        self.x_proj = Linear(d, r + 2 * n, bias=False, **kw)  # rows [dt; B; C]
         self.dt_proj = StepProjection(r, d, bias=True, **kw)
         self.A_log = nn.Parameter(torch.empty(d, n, device=device))  # A = -exp(A_log), always float32
         self.D = nn.Parameter(torch.empty(d, device=device))
-        self.out_proj = nn.Linear(d, m, bias=config.bias, **kw)
+        self.out_proj = Linear(d, m, bias=config.bias, **kw)
         self._kept_A = None, None, 0, None  # of which A_log, its memory, its version, and A
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None):
