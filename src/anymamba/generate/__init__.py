@@ -1,6 +1,18 @@
-"""Text from a model: samplers, `generate` for whole completions, `stream` for one token at a time."""
+"""Text from a model: `generate` and `stream`, samplers, `read` for long texts, `PrefixCache` for common beginnings."""
 
 from anymamba.generate.generate import Completion, TokenEvent, generate, stream
+from anymamba.generate.prefix import PrefixCache
+from anymamba.generate.read import Reading, read, reading
 from anymamba.generate.sampling import SamplingConfig
 
-__all__ = ["Completion", "SamplingConfig", "TokenEvent", "generate", "stream"]
+__all__ = [
+    "Completion",
+    "PrefixCache",
+    "Reading",
+    "SamplingConfig",
+    "TokenEvent",
+    "generate",
+    "read",
+    "reading",
+    "stream",
+]

@@ -7,15 +7,15 @@ the batch when it ends, and what it says does not depend on what is generated be
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.data.tokenizer import StreamDecoder
-from anymamba.errors import AnymambaError
+from anymamba.generate.checks import check_beams, check_rules, checked_prompts, require_positive
+from anymamba.generate.prefix import PrefixCache
+from anymamba.generate.read import read_batch
 from anymamba.generate.sampling import SamplingConfig, choose, mask_padding, row_generators
 from anymamba.state import MambaState
 
@@ -60,6 +60,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     n: int = 1,
     state: MambaState | None = None,
+    logits: Tensor | None = None,
+    cache: PrefixCache | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     logprobs: bool = False,
@@ -69,24 +71,28 @@ def generate(
     """`n` completions of each prompt, sorted by prompt and then by sample or by rank of the beam.
 
     prompts: ids, each at least one, of any lengths. With `state` (one row per prompt) they continue what it has read.
+    logits: (b, v) that came with `state`, as of a `Reading`: a prompt may then be empty, and the text just goes on.
+    cache: a `PrefixCache` of this model: each prompt is read from the longest beginning that it knows.
     max_new_tokens, stop_ids, stop_strings: a row ends at the first that applies; stop strings may span tokens.
     seed: sample i of prompt p draws from a stream of its own, seeded with (seed, p, i); for a list, (seed[p], 0, i).
     num_beams: above 1, beam search, which does not sample; gives the `n` best by `Completion.score`.
     on_token: called with every `TokenEvent` as soon as it is known.
-    prefill_chunk: prompts are read in pieces of this many tokens, which bounds the memory that long ones take.
+    prefill_chunk: prompts are read in pieces of this many tokens, which bounds the memory that long ones take; with
+        a cache in pieces of its `every`.
 
     Penalties see the prompt given here, not what `state` has read. Raises AnymambaError for what cannot be meant.
     """
-    prompts = _checked_prompts(model, prompts, state)
+    prompts = checked_prompts(model, prompts, state, logits, cache)
     rules = _Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs)
-    _check_rules(rules, model.config.vocab_size)
-    _require_positive(n=n, num_beams=num_beams, prefill_chunk=prefill_chunk)
+    check_rules(rules, model.config.vocab_size)
+    require_positive("generate", n=n, num_beams=num_beams, prefill_chunk=prefill_chunk)
+    start = _Start(state, logits, cache, prefill_chunk)
     if num_beams > 1:
-        _check_beams(num_beams, n, sampling, length_penalty, on_token)
-        return _beam_search(model, prompts, state, rules, num_beams, n, length_penalty, prefill_chunk)
+        check_beams(num_beams, n, sampling, length_penalty, on_token)
+        return _beam_search(model, prompts, start, rules, num_beams, n, length_penalty)
     generators = row_generators(seed, len(prompts), n)
     completions = []
-    for event in _tokens(model, prompts, state, rules, generators, prefill_chunk):
+    for event in _tokens(model, prompts, start, rules, generators):
         if on_token is not None:
             on_token(event)
         if event.completion is not None:
@@ -105,23 +111,25 @@ def stream(
     tokenizer: Any = None,
     seed: int = 0,
     state: MambaState | None = None,
+    logits: Tensor | None = None,
+    cache: PrefixCache | None = None,
     prefill_chunk: int = 2048,
 ) -> Iterator[TokenEvent]:
     """The tokens of one completion, one by one, the same as `generate` gives; the last event carries the `Completion`.
 
     The texts of the events add up to the completion's text. Raises AnymambaError, at once, as `generate` does.
     """
-    prompts = _checked_prompts(model, [prompt], state)
+    prompts = checked_prompts(model, [prompt], state, logits, cache)
     rules = _Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs=True)
-    _check_rules(rules, model.config.vocab_size)
-    _require_positive(prefill_chunk=prefill_chunk)
-    return _tokens(model, prompts, state, rules, row_generators(seed, 1, 1), prefill_chunk)
+    check_rules(rules, model.config.vocab_size)
+    require_positive("generate", prefill_chunk=prefill_chunk)
+    return _tokens(model, prompts, _Start(state, logits, cache, prefill_chunk), rules, row_generators(seed, 1, 1))
 
 
 @torch.no_grad()  # not inference_mode: one may train from the states that come back
-def _tokens(model, prompts, state, rules, generators, prefill_chunk) -> Iterator[TokenEvent]:
+def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
     """Every token of every row. A prompt is read once for all its rows; a row leaves the batch when it ends."""
-    logits, state = _prefill(model, prompts, state, prefill_chunk)
+    logits, state = _prefill(model, prompts, start)
     rows = [_Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
     going = [row.prompt_index for row in rows]
     while rows:
@@ -140,20 +148,27 @@ def _tokens(model, prompts, state, rules, generators, prefill_chunk) -> Iterator
         rows = [rows[i] for i in going]
 
 
-def _prefill(model, prompts, state, chunk):
+class _Start(NamedTuple):
+    """What the prompts are read after, and how: arguments of `generate`."""
+
+    state: MambaState | None
+    logits: Tensor | None
+    cache: PrefixCache | None
+    chunk: int
+
+
+def _prefill(model, prompts, start):
     """The logits (b, v) and the state after each prompt."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    ids, logits = pad_sequence(prompts, batch_first=True).to(model.device), None
-    for start in range(0, ids.shape[1], chunk):
-        here = (lengths - start).clamp(0, chunk)
-        new, state = _read(model, ids[:, start : start + chunk], state, here)
-        logits = new if logits is None else torch.where(here[:, None] > 0, new, logits)
-    return logits, state
+    if start.cache is not None:
+        logits, state = start.cache.read_batch(prompts)
+    else:
+        logits, state = read_batch(model, prompts, start.state, start.logits, chunk=start.chunk)
+    return mask_padding(logits.float(), model.config.vocab_size), state
 
 
-def _read(model, ids, state, lengths=None):
+def _read(model, ids, state):
     """The next logits (b, v), with -inf where the vocabulary is padded, and the state after `ids` (b, t)."""
-    out = model(ids, state=state, lengths=lengths, last_only=True)
+    out = model(ids, state=state, last_only=True)
     return mask_padding(out.logits[:, -1].float(), model.config.vocab_size), out.state
 
 
@@ -241,9 +256,9 @@ class _Beam(NamedTuple):
 
 
 @torch.no_grad()
-def _beam_search(model, prompts, state, rules, num_beams, n, length_penalty, prefill_chunk):
+def _beam_search(model, prompts, start, rules, num_beams, n, length_penalty):
     """One prompt after the other, its beams as a batch."""
-    logits, state = _prefill(model, prompts, state, prefill_chunk)
+    logits, state = _prefill(model, prompts, start)
     completions = []
     for p in range(len(prompts)):
         found = _search(model, logits[[p]], state.select([p]), rules, num_beams, length_penalty)[:n]
@@ -287,62 +302,3 @@ def _extended(beams, logits, rules, num_beams):
         beam = _Beam((*ids, token), (*beams[parent].logprobs, logprob), total, parent)
         (ended if beam.row(rules).finish_reason else going).append(beam)
     return going, ended
-
-
-def _checked_prompts(model, prompts, state):
-    """Each prompt as a tensor (t,) of int64."""
-    v = model.config.vocab_size
-    if v is None:
-        raise AnymambaError("generate: this model has no vocabulary, it maps features; use one made with vocab_size")
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
-    if len(prompts) == 0:
-        raise AnymambaError("generate: no prompts; pass a list of at least one")
-    if state is not None and state.batch_size != len(prompts):
-        rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
-        raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
-    prompts = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
-    for p, ids in enumerate(prompts):
-        if ids.dim() != 1:
-            raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
-        if len(ids) == 0:
-            raise AnymambaError(f"generate: prompt {p} is empty; give it a token to start from, such as the EOS id")
-        if ids.dtype.is_floating_point:
-            raise AnymambaError(f"generate: prompt {p} is {ids.dtype}, but token ids are whole numbers")
-        prompts[p] = ids = ids.long()
-        for t in ((ids < 0) | (ids >= v)).nonzero()[:1, 0].tolist():
-            what = f"prompt {p} has id {int(ids[t])} at position {t}, but the vocabulary has ids 0 … {v - 1}"
-            raise AnymambaError(f"generate: {what}; was it encoded with another tokenizer?")
-    return prompts
-
-
-def _check_rules(rules, vocab_size):
-    _require_positive(max_new_tokens=rules.max_new_tokens)
-    if isinstance(rules.stop_ids, Integral) or not all(isinstance(id, Integral) for id in rules.stop_ids):
-        raise AnymambaError(f"generate: stop_ids={rules.stop_ids!r}, but it must be a list of token ids")
-    if isinstance(rules.stop_strings, str) or not all(isinstance(s, str) and s for s in rules.stop_strings):
-        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r}, but it must be a list, none empty")
-    for name, ids in (("stop_ids", rules.stop_ids), ("logit_bias", rules.sampling.logit_bias or ())):
-        for id in ids:
-            if not 0 <= id < vocab_size:
-                raise AnymambaError(f"generate: {name} has id {id}, but the vocabulary is 0 … {vocab_size - 1}")
-    if rules.stop_strings and rules.tokenizer is None:
-        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r} without a tokenizer; pass the model's")
-
-
-def _check_beams(num_beams, n, sampling, length_penalty, on_token):
-    changes = {name: value for name, value in sampling.changes().items() if (name, value) != ("temperature", 0)}
-    if changes:
-        raise AnymambaError(f"generate: num_beams={num_beams} with {changes}: beam search does not sample, drop one")
-    if n > num_beams:
-        raise AnymambaError(f"generate: n={n} of num_beams={num_beams}; ask for as many beams as results, or more")
-    if on_token is not None:
-        raise AnymambaError(f"generate: on_token with num_beams={num_beams}: a beam is known only at the end, drop one")
-    if not isinstance(length_penalty, (int, float)) or not math.isfinite(length_penalty):
-        raise AnymambaError(f"generate: length_penalty={length_penalty!r}, but it must be a finite number (0: none)")
-
-
-def _require_positive(**values):
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise AnymambaError(f"generate: {name}={value!r}, but it must be a whole number of at least 1")

@@ -1,0 +1,89 @@
+"""What generation refuses, each with the value received, the rule and the cure."""
+
+import math
+from numbers import Integral
+
+import torch
+
+from anymamba.errors import AnymambaError
+
+
+def checked_prompts(model, prompts, state, logits=None, cache=None):
+    """Each prompt as a tensor (t,) of int64."""
+    require_vocabulary("generate", model)
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
+    if len(prompts) == 0:
+        raise AnymambaError("generate: no prompts; pass a list of at least one")
+    if state is not None and state.batch_size != len(prompts):
+        rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
+        raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
+    _check_start(model, len(prompts), state, logits, cache)
+    prompts = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
+    for p, ids in enumerate(prompts):
+        if ids.dim() != 1:
+            raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
+        if len(ids) == 0 and logits is None:
+            raise AnymambaError(f"generate: prompt {p} is empty; give it a token to start from, such as the EOS id")
+        prompts[p] = checked_ids(ids, model.config.vocab_size, f"generate: prompt {p}")
+    return prompts
+
+
+def checked_ids(ids, vocab_size, who, offset=0):
+    """ids (t,) as int64. `offset` is where they stand in the whole, for the message."""
+    if len(ids) and (ids.dtype.is_floating_point or ids.dtype == torch.bool):
+        raise AnymambaError(f"{who} is {ids.dtype}, but token ids are whole numbers")
+    ids = ids.long()
+    for t in ((ids < 0) | (ids >= vocab_size)).nonzero()[:1, 0].tolist():
+        what = f"has id {int(ids[t])} at position {offset + t}, but the vocabulary has ids 0 … {vocab_size - 1}"
+        raise AnymambaError(f"{who} {what}; was it encoded with another tokenizer?")
+    return ids
+
+
+def require_vocabulary(who, model):
+    if model.config.vocab_size is None:
+        raise AnymambaError(f"{who}: this model has no vocabulary, it maps features; use one made with vocab_size")
+
+
+def _check_start(model, rows, state, logits, cache):
+    """`logits` and `cache` against the state that they go with."""
+    if logits is not None and (state is None or logits.shape != (rows, model.config.padded_vocab_size)):
+        got = f"logits {tuple(logits.shape)} {'without' if state is None else 'with'} a state"
+        want = (rows, model.config.padded_vocab_size)
+        raise AnymambaError(f"generate: {got}, but they must be {want} and go with one: pass both of a Reading")
+    if cache is not None and state is not None:
+        raise AnymambaError("generate: cache with state: a cache knows texts from their first token, drop one of them")
+    if cache is not None and cache.model is not model:
+        raise AnymambaError("generate: the cache was made for another model; make one for this: PrefixCache(model)")
+
+
+def check_rules(rules, vocab_size):
+    require_positive("generate", max_new_tokens=rules.max_new_tokens)
+    if isinstance(rules.stop_ids, Integral) or not all(isinstance(id, Integral) for id in rules.stop_ids):
+        raise AnymambaError(f"generate: stop_ids={rules.stop_ids!r}, but it must be a list of token ids")
+    if isinstance(rules.stop_strings, str) or not all(isinstance(s, str) and s for s in rules.stop_strings):
+        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r}, but it must be a list, none empty")
+    for name, ids in (("stop_ids", rules.stop_ids), ("logit_bias", rules.sampling.logit_bias or ())):
+        for id in ids:
+            if not 0 <= id < vocab_size:
+                raise AnymambaError(f"generate: {name} has id {id}, but the vocabulary is 0 … {vocab_size - 1}")
+    if rules.stop_strings and rules.tokenizer is None:
+        raise AnymambaError(f"generate: stop_strings={rules.stop_strings!r} without a tokenizer; pass the model's")
+
+
+def check_beams(num_beams, n, sampling, length_penalty, on_token):
+    changes = {name: value for name, value in sampling.changes().items() if (name, value) != ("temperature", 0)}
+    if changes:
+        raise AnymambaError(f"generate: num_beams={num_beams} with {changes}: beam search does not sample, drop one")
+    if n > num_beams:
+        raise AnymambaError(f"generate: n={n} of num_beams={num_beams}; ask for as many beams as results, or more")
+    if on_token is not None:
+        raise AnymambaError(f"generate: on_token with num_beams={num_beams}: a beam is known only at the end, drop one")
+    if not isinstance(length_penalty, (int, float)) or not math.isfinite(length_penalty):
+        raise AnymambaError(f"generate: length_penalty={length_penalty!r}, but it must be a finite number (0: none)")
+
+
+def require_positive(who, /, **values):
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AnymambaError(f"{who}: {name}={value!r}, but it must be a whole number of at least 1")
