@@ -96,8 +96,8 @@ def _read(options: ReadOptions) -> int:
     try:
         with progress_bar(size, label="reading") as advance:
             pieces = tokenised(options.data, tokenizer, options.field)
-            for last in _readings(model, pieces, state, options, advance):
-                pass
+            for now in _readings(model, pieces, state, options, advance):
+                last = now
     except KeyboardInterrupt:
         if last is None:
             raise  # nothing read, nothing to save

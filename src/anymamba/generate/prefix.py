@@ -26,7 +26,8 @@ class PrefixCache:
     """States of one model after the beginnings of texts that it has read, the least recently used dropped first.
 
     Checkpoints stand after every `every` tokens. They are kept on the model's device, up to `max_bytes` of them, and
-    with `folder` also on disk, up to `max_disk_bytes`, where other processes and later ones find them; several models may share a folder.
+    with `folder` also on disk, up to `max_disk_bytes`, where other processes and later ones find them; several models
+    may share a folder. A file there that is damaged or of another model is passed over with a warning.
     `hits` and `misses` count prompts, `tokens_saved` the tokens that need not have been read. Threads may share a
     cache. It knows the model by its weights when it is made: after training on, make a new one.
     Raises AnymambaError for sizes below 1 and for a folder that cannot be made.
