@@ -8,6 +8,7 @@ import signal
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def book(folder):
-    return ByteTokenizer().encode((folder / "book.txt").read_bytes())
+    return ByteTokenizer().encode((folder / "book.txt").read_bytes()).tolist()
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_the_text_is_not_in_memory_at_once(monkeypatch, book):
     def pieces():
         for start in range(0, 6000, 30):
             taken.append(start)
-            yield book[start : start + 30], 30
+            yield np.array(book[start : start + 30]), 30
 
     gathered = command_state._gathered(pieces(), skip=50)
     for i, (ids, _) in enumerate(gathered):

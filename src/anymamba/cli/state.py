@@ -31,7 +31,7 @@ USAGE = """usage: anymamba state read RUN FILE … -o OUT [options]
 anymamba state read --help tells the options.
 """
 
-READ = """Read text of any length once, in constant memory, and save the state: a small file, as large for a book as for a line.
+READ = """Read text of any length once, in constant memory, and save the state: a small file, for a book as for a line.
 Ctrl-C saves what was read so far. Among several documents each ends with the tokenizer's end-of-text token.
 
 examples:

@@ -81,10 +81,11 @@ def reading(model: torch.nn.Module, ids, state: MambaState | None = None, *, chu
     require_vocabulary("read", model)
     if isinstance(ids, str | bytes):
         raise AnymambaError(f"read: a text ({type(ids).__name__}), but it must be token ids; encode it first")
-    if not isinstance(ids, Tensor | np.ndarray):
-        ids = torch.as_tensor(ids)
+    ids = ids if isinstance(ids, Tensor) else np.asarray(ids)
     if ids.ndim != 1 or len(ids) == 0:
         raise AnymambaError(f"read: ids are {tuple(ids.shape)}, but must be (t,) of at least one token")
+    if isinstance(ids, np.ndarray) and ids.dtype.kind not in "iu":
+        raise AnymambaError(f"read: the text is {ids.dtype}, but token ids are whole numbers")
     if state is not None and state.batch_size != 1:
         raise AnymambaError(f"read: a state of {state.batch_size} rows for one text; choose a row: state.select([0])")
     if chunk is None:
@@ -99,7 +100,7 @@ def _reading(model, ids, state, chunk) -> Iterator[Reading]:
     for start, stop in pairwise(bounds):
         part = ids[start:stop]
         if not isinstance(part, Tensor):  # a copy, for memory mapped from disk may not be written to
-            part = torch.from_numpy(np.array(part, dtype=np.int64 if part.dtype.kind in "iu" else part.dtype))
+            part = torch.from_numpy(np.array(part, dtype=np.int64))
         part = checked_ids(part, model.config.vocab_size, "read: the text", offset=start)
         out = model(part[None].to(model.device), state=state, last_only=True)
         state = out.state
