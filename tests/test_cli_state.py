@@ -150,6 +150,16 @@ def test_the_text_is_not_in_memory_at_once(monkeypatch, book):
     assert len(taken) == 200
 
 
+@pytest.mark.parametrize("together", [100, 1 << 16])
+def test_progress_goes_forward_to_the_size_of_the_text(model, book, monkeypatch, together):
+    monkeypatch.setattr(command_state, "TOGETHER", together)
+    steps, options = [], command_state.ReadOptions("run", ("book.txt",), "out", chunk=70)
+    pieces = ((np.array(book[i : i + 1000]), 3000) for i in range(0, 6000, 1000))  # of three bytes a token
+    assert len(list(command_state._readings(model, pieces, None, options, steps.append))) == len(steps) > 80
+    assert all(0 < step <= 210 for step in steps)
+    assert sum(steps) == 18_000
+
+
 # ---- Ctrl-C ----
 
 

@@ -32,6 +32,7 @@ anymamba state read --help tells the options.
 """
 
 READ = """Read text of any length once, in constant memory, and save the state: a small file, for a book as for a line.
+
 Ctrl-C saves what was read so far. Among several documents each ends with the tokenizer's end-of-text token.
 
 examples:
@@ -120,11 +121,11 @@ def _readings(
 ) -> Iterator[Reading]:
     """A reading after each chunk of the text; `advance` is told how many bytes of it that was."""
     for ids, size in _gathered(pieces, options.skip):
-        read = 0
+        told, before = 0, 0 if state is None else int(state.seen)
         for now in reading(model, ids, state, chunk=options.chunk):
-            count = int(now.state.seen) - (0 if state is None else int(state.seen))
-            advance(size * count // len(ids) - size * read // len(ids))
-            state, read = now.state, read + count
+            state, done = now.state, size * (int(now.state.seen) - before) // len(ids)
+            advance(done - told)
+            told = done
             yield now
 
 

@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
 from anymamba.generate.checks import checked_ids, require_positive, require_vocabulary
+from anymamba.model import PIECE
 from anymamba.state import MambaState
 
 SHORTEST = 256  # tokens of a chunk: with fewer, weights are fetched more often than they are used
-FASTEST = {"cpu": 2048, "gpu": 65536}  # longer ones are no faster, and rarer to report and to interrupt
+LONGEST = {"cpu": 2048, "gpu": 8 * PIECE}  # longer ones are no faster, and rarer to report and to interrupt
 
 
 class Reading(NamedTuple):
@@ -57,18 +58,17 @@ def read(
     ids: a list, a tensor, or an array, which may be mapped from disk.
     state: of one row, what was read before; None starts anew.
     chunk: tokens at a time. None takes as many as fit into a quarter of the memory that is free (of a CPU, what the
-        system says is available, of a GPU, what its driver says), at least 256, and at most 2048 on a CPU, 65536 on a
-        GPU, where longer ones are no faster.
+        system says is available, of a GPU, what its driver says), at least 256, and at most 2048 on a CPU, where
+        longer ones are no faster, and on a GPU 65536, as many as a forward pass takes at once.
     on_progress: called with the number of tokens read so far after each chunk.
 
     To keep what was read when a person interrupts, iterate over `reading` instead. Raises AnymambaError for ids that
     are empty, not (t,), not whole numbers or outside the vocabulary, and for a state of another shape.
     """
-    count, out = 0, None
+    out = None
     for out in reading(model, ids, state, chunk=chunk):
-        count = int(out.state.seen) - (0 if state is None else int(state.seen))
         if on_progress is not None:
-            on_progress(count)
+            on_progress(int(out.state.seen) - (0 if state is None else int(state.seen)))
     return out
 
 
@@ -140,9 +140,9 @@ def read_batch(
 
 def chunk_for(model: torch.nn.Module) -> int:
     """How many tokens `read` reads at a time: see there."""
-    fastest = FASTEST["cpu" if model.device.type == "cpu" else "gpu"]
+    longest = LONGEST["cpu" if model.device.type == "cpu" else "gpu"]
     free = free_memory(model.device)
-    return fastest if free is None else max(SHORTEST, min(fastest, free // 4 // bytes_per_token(model)))
+    return longest if free is None else max(SHORTEST, min(longest, free // 4 // bytes_per_token(model)))
 
 
 def bytes_per_token(model: torch.nn.Module) -> int:
