@@ -215,6 +215,48 @@ def test_scan_changes_no_argument():
     assert all(torch.equal(before[k], v) for k, v in arguments.items() if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("groups", [None, 0, 2])
+@pytest.mark.parametrize("k", [1, 3, 7, 20])
+def test_scan_states(k, groups, backend):
+    """The states on the way are those of shorter scans, and gradients go through them."""
+    arguments = scan_arguments(2, 7, 6, 5, groups)
+    y, h, states = selective_scan(**arguments, backend=backend, return_states=k)
+    assert torch.equal(states[:, -1], h)
+    for i, end in enumerate([*range(k, 7, k), 7]):
+        cut = {
+            n: v[:, :end] if n in ("x", "dt", "z") or (n in "BC" and groups != 0) else v for n, v in arguments.items()
+        }
+        short_y, short = reference.selective_scan(**cut)
+        torch.testing.assert_close(states[:, i], short, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(y[:, :end], short_y, rtol=1e-5, atol=1e-5)
+    assert states.shape[1] == i + 1
+
+    x = arguments["x"].requires_grad_()
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    (got,) = torch.autograd.grad((selective_scan(**arguments, backend=backend, return_states=k)[2] * weights).sum(), x)
+    ends = [*range(k, 7, k), 7]
+    total = 0
+    for i, end in enumerate(ends):
+        cut = {
+            n: v[:, :end] if n in ("x", "dt", "z") or (n in "BC" and groups != 0) else v for n, v in arguments.items()
+        }
+        total = total + (reference.selective_scan(**cut)[1] * weights[:, i]).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(total, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_scan_states_of_nothing_and_errors():
+    arguments = scan_arguments(2, 0, 6, 5)
+    y, h, states = selective_scan(**arguments, return_states=4)
+    assert (y.shape, h.shape, states.shape) == ((2, 0, 6), (2, 6, 5), (2, 0, 6, 5))
+    for k in (0, -1, 2.0, True):
+        with pytest.raises(AnymambaError, match=r"return_states=.*whole number"):
+            selective_scan(**scan_arguments(), return_states=k)
+    packed = scan_arguments(1, 5, rows=2)
+    with pytest.raises(AnymambaError, match="one by one"):
+        selective_scan(**packed, cu_seqlens=torch.tensor([0, 2, 5]), return_states=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_is_the_scan_of_one(dtype, launches):
     arguments = scan_arguments(3, 1, 18, 3, dtype=dtype)

@@ -29,7 +29,7 @@ __all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, *, dt_bias: Tensor | None = None, dt_softplus: bool = False,
                    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
-                   backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   return_states: int | None = None, backend: str | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     """The selective scan of Mamba (arXiv 2312.00752, equation 2 with Δ, B, C depending on time).
 
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t;   y_t = (C_t · h_t + D x_t) · silu(z_t)
@@ -42,12 +42,18 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         D: (d,) skip, z: (b,t,d) gate, dt_bias: (d,).
         initial_state: (s,d,n) float32; zeros if None.
         cu_seqlens: (s+1,) integers 0 … t: the one row (b = 1) holds s sequences end to end; s = b without it.
+        return_states: k also returns the states after every k steps and the last one, (b,⌈t/k⌉,d,n); not with
+            cu_seqlens. The scan then runs k steps at a time: the smaller k, the slower.
         backend: None chooses (`explain` says what and why); "reference", "numba", "triton", "cuda" force.
 
-    Returns y (b,t,d) in x's dtype and final_state (s,d,n) in float32 (float64 for float64 inputs).
+    Returns y (b,t,d) in x's dtype, final_state (s,d,n) in float32 (float64 for float64 inputs) and perhaps the states.
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+    if return_states is not None:
+        _check_states(return_states, cu_seqlens)
+        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "backend": backend}
+        return _scan_with_states(return_states, x, dt, A, B, C, D, z, initial_state, options)
     backend = choose(backend, x, "selective_scan", A.shape[1])
     cu_seqlens = _bounds(cu_seqlens, x, backend)
     if backend == "reference":
@@ -135,6 +141,18 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: flo
 
 
 # ---- what the kernels take -------------------------------------------------------------------------------------
+
+
+def _scan_with_states(k, x, dt, A, B, C, D, z, initial_state, options):
+    """`selective_scan` k steps at a time; where each ends the next begins."""
+    ys, states, h = [], [], initial_state
+    for i in range(0, max(x.shape[1], 1), k):
+        x_i, dt_i, B_i, C_i, z_i = (v if v is None or v.dim() == 2 else v[:, i : i + k] for v in (x, dt, B, C, z))
+        y, h = selective_scan(x_i, dt_i, A, B_i, C_i, D, z_i, initial_state=h, **options)
+        ys.append(y)
+        states.append(h)
+    states = torch.stack(states, 1)
+    return torch.cat(ys, 1), h, states if x.shape[1] else states[:, :0]
 
 
 def _to(v, dtype):
@@ -245,6 +263,13 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
         if v is not None and v.shape != (d,):
             _fail(op, name, v, f"it must be ({d},), one number a channel of x {tuple(x.shape)}")
     _check_state(op, initial_state, (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, n), "sequences, d, n")
+
+
+def _check_states(k, cu_seqlens):
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise AnymambaError(f"selective_scan: return_states={k!r}, but it must be a whole number of steps, at least 1")
+    if cu_seqlens is not None:
+        raise AnymambaError("selective_scan: return_states with cu_seqlens: scan the sequences one by one for states")
 
 
 def _check_conv(x, weight, bias, activation, initial_state, cu_seqlens):

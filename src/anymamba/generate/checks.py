@@ -1,4 +1,4 @@
-"""What generation refuses, each with the value received, the rule and the cure."""
+"""What generation and the engine refuse, before a model is called."""
 
 import math
 from numbers import Integral
@@ -6,6 +6,7 @@ from numbers import Integral
 import torch
 
 from anymamba.errors import AnymambaError
+from anymamba.state import MambaState
 
 
 def checked_prompts(model, prompts, state, logits=None, cache=None):
@@ -57,8 +58,21 @@ def _check_start(model, rows, state, logits, cache):
         raise AnymambaError("generate: the cache was made for another model; make one for this: PrefixCache(model)")
 
 
+def checked_state(model, state):
+    """A state from outside as `model` itself would give it, so that it can be laid beside others; None stays None."""
+    if state is None:
+        return None
+    dtype = model.backbone.norm_f.weight.dtype
+    shapes = lambda state: [(tuple(c.shape[1:]), tuple(s.shape[1:])) for c, s in state.layers]  # noqa: E731
+    got, want = shapes(state), shapes(MambaState.zeros(model.config, 1, device="meta"))
+    if got != want:
+        given = f"a state of {len(got)} layers of (conv, ssm) = {got[0]} for a model of {len(want)} of {want[0]}"
+        raise AnymambaError(f"generate: {given}; pass a state that this model has given")
+    return state.to(model.device, dtype, torch.float32)
+
+
 def check_rules(rules, vocab_size):
-    require_positive("generate", max_new_tokens=rules.max_new_tokens)
+    require_positive(max_new_tokens=rules.max_new_tokens)
     if isinstance(rules.stop_ids, Integral) or not all(isinstance(id, Integral) for id in rules.stop_ids):
         raise AnymambaError(f"generate: stop_ids={rules.stop_ids!r}, but it must be a list of token ids")
     if isinstance(rules.stop_strings, str) or not all(isinstance(s, str) and s for s in rules.stop_strings):
@@ -83,7 +97,7 @@ def check_beams(num_beams, n, sampling, length_penalty, on_token):
         raise AnymambaError(f"generate: length_penalty={length_penalty!r}, but it must be a finite number (0: none)")
 
 
-def require_positive(who, /, **values):
+def require_positive(who="generate", /, **values):
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AnymambaError(f"{who}: {name}={value!r}, but it must be a whole number of at least 1")

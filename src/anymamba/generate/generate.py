@@ -6,46 +6,20 @@ the batch when it ends, and what it says does not depend on what is generated be
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymamba.data.tokenizer import StreamDecoder
 from anymamba.generate.checks import check_beams, check_rules, checked_prompts, require_positive
 from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.read import read_batch
+from anymamba.generate.rows import Completion, Row, Rules, TokenEvent, read
 from anymamba.generate.sampling import SamplingConfig, choose, mask_padding, row_generators
 from anymamba.state import MambaState
 
 _DEFAULT = SamplingConfig()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote after one prompt. To go on, pass `state`: it has read the prompt and all of `ids`."""
-
-    ids: list[int]  # every token written, a final stop id included
-    text: str | None  # without stop id and stop string; None without a tokenizer
-    logprobs: list[float] | None  # of each token under the model's own distribution, before any sampling transform
-    finish_reason: Literal["stop", "length"]
-    state: MambaState  # batch size 1
-    prompt_index: int
-    sample_index: int  # 0 … n-1, or the rank of the beam
-    score: float | None = None  # of a beam: sum of log-probabilities / length ** length_penalty
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token as it is generated. The last event of a row carries its completion."""
-
-    id: int
-    text: str  # what this token adds; "" while it may still turn into a stop string or is half a character
-    logprob: float  # natural logarithm, under the model's own distribution
-    prompt_index: int
-    sample_index: int
-    completion: Completion | None = None
 
 
 def generate(
@@ -83,9 +57,9 @@ def generate(
     Penalties see the prompt given here, not what `state` has read. Raises AnymambaError for what cannot be meant.
     """
     prompts = checked_prompts(model, prompts, state, logits, cache)
-    rules = _Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs)
+    rules = Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs)
     check_rules(rules, model.config.vocab_size)
-    require_positive("generate", n=n, num_beams=num_beams, prefill_chunk=prefill_chunk)
+    require_positive(n=n, num_beams=num_beams, prefill_chunk=prefill_chunk)
     start = _Start(state, logits, cache, prefill_chunk)
     if num_beams > 1:
         check_beams(num_beams, n, sampling, length_penalty, on_token)
@@ -120,9 +94,9 @@ def stream(
     The texts of the events add up to the completion's text. Raises AnymambaError, at once, as `generate` does.
     """
     prompts = checked_prompts(model, [prompt], state, logits, cache)
-    rules = _Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs=True)
+    rules = Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs=True)
     check_rules(rules, model.config.vocab_size)
-    require_positive("generate", prefill_chunk=prefill_chunk)
+    require_positive(prefill_chunk=prefill_chunk)
     return _tokens(model, prompts, _Start(state, logits, cache, prefill_chunk), rules, row_generators(seed, 1, 1))
 
 
@@ -130,7 +104,7 @@ def stream(
 def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
     """Every token of every row. A prompt is read once for all its rows; a row leaves the batch when it ends."""
     logits, state = _prefill(model, prompts, start)
-    rows = [_Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
+    rows = [Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
     going = [row.prompt_index for row in rows]
     while rows:
         if len(going) != len(logits):
@@ -140,7 +114,7 @@ def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
         events = [row.push(*new) for row, *new in zip(rows, ids.tolist(), logprobs, strict=True)]
         yield from (event for row, event in zip(rows, events, strict=True) if not row.finish_reason)
-        logits, state = _read(model, ids[:, None], state)  # rows that end read their last token, too
+        logits, state = read(model, ids[:, None], state)  # rows that end read their last token, too
         for i, row in enumerate(rows):
             if row.finish_reason:
                 yield replace(events[i], completion=row.completion(state.select([i])))
@@ -166,90 +140,14 @@ def _prefill(model, prompts, start):
     return mask_padding(logits.float(), model.config.vocab_size), state
 
 
-def _read(model, ids, state):
-    """The next logits (b, v), with -inf where the vocabulary is padded, and the state after `ids` (b, t)."""
-    out = model(ids, state=state, last_only=True)
-    return mask_padding(out.logits[:, -1].float(), model.config.vocab_size), out.state
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """How a completion is written, as `generate` takes it."""
-
-    max_new_tokens: int
-    sampling: SamplingConfig
-    stop_ids: Sequence[int]
-    stop_strings: Sequence[str]
-    tokenizer: Any
-    logprobs: bool
-
-
-class _Row:
-    """One completion in the making."""
-
-    def __init__(self, rules, prompt_index=0, sample_index=0, prompt=None, generator=None):
-        self.rules, self.prompt_index, self.sample_index = rules, prompt_index, sample_index
-        self.prompt, self.generator = prompt, generator
-        self.text = _Text(rules.tokenizer, rules.stop_strings)
-        self.ids, self.logprobs, self.finish_reason = [], [], None
-
-    def push(self, token, logprob) -> TokenEvent:
-        """Takes the next token; `finish_reason` then says whether it was the last."""
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        stops = token in self.rules.stop_ids
-        if not stops:
-            self.text.add(token)
-        ends = stops or self.text.stopped or len(self.ids) == self.rules.max_new_tokens
-        piece = self.text.take(final=ends)
-        if ends:
-            self.finish_reason = "stop" if stops or self.text.stopped else "length"
-        return TokenEvent(token, piece, logprob, self.prompt_index, self.sample_index)
-
-    def completion(self, state, score=None) -> Completion:
-        text = self.text.text if self.rules.tokenizer is not None else None
-        logprobs = self.logprobs if self.rules.logprobs else None
-        at = (self.prompt_index, self.sample_index)
-        return Completion(self.ids, text, logprobs, self.finish_reason, state, *at, score)
-
-
-class _Text:
-    """The text of a completion as it grows, cut at the first stop string; always empty without a tokenizer."""
-
-    def __init__(self, tokenizer, stop_strings):
-        self.decoder = None if tokenizer is None else StreamDecoder(tokenizer)
-        self.stop_strings = stop_strings
-        self.text, self.taken, self.stopped = "", 0, False
-
-    def add(self, token):
-        if self.decoder is not None:
-            self._append(self.decoder.push(token))
-
-    def take(self, final) -> str:
-        """What was not taken yet; an end that may still become a stop string only when it is final."""
-        if final and self.decoder is not None and not self.stopped:
-            self._append(self.decoder.flush())
-        starts = [] if final else [s[:k] for s in self.stop_strings for k in range(1, len(s))]
-        held = max((len(start) for start in starts if self.text.endswith(start)), default=0)
-        before, self.taken = self.taken, len(self.text) - held
-        return self.text[before : self.taken]
-
-    def _append(self, piece):
-        self.text += piece
-        # Nothing of a stop string has been taken, so none begins earlier.
-        places = [i for s in self.stop_strings if (i := self.text.find(s, self.taken)) >= 0]
-        if places:
-            self.text, self.stopped = self.text[: min(places)], True
-
-
 class _Beam(NamedTuple):
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     total: float = 0.0  # sum of logprobs
     parent: int = 0  # its row in the batch before the last token
 
-    def row(self, rules, *place) -> _Row:
-        row = _Row(rules, *place)
+    def row(self, rules, *place) -> Row:
+        row = Row(rules, *place)
         for new in zip(self.ids, self.logprobs, strict=True):
             row.push(*new)
         return row
@@ -273,7 +171,7 @@ def _search(model, logits, state, rules, num_beams, length_penalty):
         beams, ended = _extended(beams, logits, rules, num_beams)
         both = beams + ended
         ids = torch.tensor([beam.ids[-1:] for beam in both], device=logits.device)
-        logits, after = _read(model, ids, state.select([beam.parent for beam in both]))
+        logits, after = read(model, ids, state.select([beam.parent for beam in both]))
         scores = [beam.total / length**length_penalty for beam in ended]
         states = [after.select([i]) for i in range(len(beams), len(both))]
         found = sorted([*found, *zip(scores, ended, states, strict=True)], key=lambda f: -f[0])[:num_beams]

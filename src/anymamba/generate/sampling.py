@@ -215,6 +215,27 @@ def choose(
     return greedy(logits) if config.is_greedy else sample(logits, generator)
 
 
+def choose_each(
+    logits: Tensor,
+    configs: Sequence[SamplingConfig],
+    generators: Sequence[torch.Generator],
+    written: Sequence[Sequence[int]],
+    prompts: Sequence[Tensor],
+) -> Tensor:
+    """`choose` with a config for each row: ids (b,). Rows with equal configs are treated together."""
+    kinds, groups = [], []  # a config may hold a dict, which has no hash
+    for row, config in enumerate(configs):
+        if config not in kinds:
+            kinds.append(config)
+            groups.append([])
+        groups[kinds.index(config)].append(row)
+    ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for config, rows in zip(kinds, groups, strict=True):
+        of_rows = ([values[row] for row in rows] for values in (generators, written, prompts))
+        ids[rows] = choose(logits if len(groups) == 1 else logits[rows], config, *of_rows)
+    return ids
+
+
 def count_tokens(sequences: Sequence[Sequence[int] | Tensor], vocab_size: int) -> Tensor:
     """How often each id stands in each sequence: (b, v), on the CPU."""
     return torch.stack([torch.as_tensor(ids, dtype=torch.long).bincount(minlength=vocab_size) for ids in sequences])

@@ -1,0 +1,326 @@
+"""Continuous batching: requests join and leave one running batch between two tokens.
+
+Axis letters: b rows of the batch, t time, v vocabulary. The states of all rows lie in one MambaState. The model gives a
+new one at every step, so rows that leave or join cost one more copy at the steps where that happens, and nothing else.
+"""
+
+import threading
+import traceback
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from anymamba.errors import AnymambaError
+from anymamba.generate.checks import check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.requests import Counters, Handle, QueueFull, Request
+from anymamba.generate.rows import Row, Rules, read
+from anymamba.generate.sampling import choose_each, row_generators
+from anymamba.state import LayerState, MambaState
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request until its prompt is read."""
+
+    handle: Handle
+    ids: Tensor  # (t,)
+    rows: list[Row]
+    state: MambaState | None  # what has read the first `position` ids
+    position: int = 0
+
+
+@dataclass
+class _Batch:
+    """The rows being written: what row i says next is drawn from logits[i]."""
+
+    handles: list[Handle] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    logits: Tensor | None = None  # (b, v); None without rows
+    state: MambaState | None = None
+
+    def going(self) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if not row.finish_reason]
+
+    def select(self, index: list[int]) -> "_Batch":
+        if len(index) == len(self.rows):
+            return self
+        if not index:
+            return _Batch()
+        of_rows = ([values[i] for i in index] for values in (self.handles, self.rows))
+        return _Batch(*of_rows, self.logits[index], self.state.select(index))
+
+    def join(self, other: "_Batch") -> "_Batch":
+        if not (self.rows and other.rows):
+            return self if self.rows else other
+        of_rows = (self.handles + other.handles, self.rows + other.rows)
+        return _Batch(*of_rows, torch.cat([self.logits, other.logits]), MambaState.cat([self.state, other.state]))
+
+
+class Engine:
+    """Serves many requests with one model: first come, first served, each with the tokens it would get alone.
+
+    Some thread steps it: `step`, `run`, or whoever waits for a handle. All methods may be called from any thread.
+
+    model: a MambaLM, or anything that is called and answers like one and has `device` and `config.vocab_size`.
+    max_batch: completions that are written at once. max_queue: requests that may wait.
+    prefill_chunk: tokens of one prompt that one step reads at most; max_prefill_tokens: those of all prompts together.
+    With the batch's next token that is all the work of a step, so a long prompt does not hold up the others.
+
+    Raises AnymambaError for limits below 1.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, max_batch: int = 32, max_queue: int = 256, prefill_chunk: int = 512,
+                 max_prefill_tokens: int = 1024):  # fmt: skip
+        require_positive(max_batch=max_batch, max_queue=max_queue, prefill_chunk=prefill_chunk,
+                         max_prefill_tokens=max_prefill_tokens)  # fmt: skip
+        self._model, self._max_batch, self._max_queue = model, max_batch, max_queue
+        self._prefill_chunk, self._max_prefill_tokens = prefill_chunk, max_prefill_tokens
+        self._stepping = threading.Lock()  # held through a step
+        self._changed = threading.Condition()  # held for what other threads see, never while the model works
+        self._waiting: deque[_Job] = deque()
+        self._reading: list[_Job] = []
+        self._batch = _Batch()
+        self._counts: Counter[str] = Counter()
+        self._runs, self._closed = 0, False
+
+    # ---- for those who ask ----
+
+    def submit(self, request: Request, *, timeout: float | None = 0.0) -> Handle:
+        """Put a request into the queue; if that is full, wait `timeout` seconds (None: for ever) for a step elsewhere.
+
+        Raises QueueFull, and AnymambaError for what cannot be meant and once the engine is closed.
+        """
+        job = self._job(request)
+        with self._changed:
+            room = self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._max_queue, timeout)
+            if self._closed:
+                raise AnymambaError("engine: it is closed and takes no requests; make a new one")
+            if not room:
+                full = f"engine: {len(self._waiting)} requests wait, and max_queue={self._max_queue}"
+                raise QueueFull(f"{full}; try again later, or wait longer than timeout={timeout} s")
+            self._waiting.append(job)
+            self._counts["submitted"] += 1
+            self._changed.notify_all()
+        return job.handle
+
+    def counters(self) -> Counters:
+        """A snapshot, consistent in itself."""
+        with self._changed:
+            running = len({id(handle) for handle in self._batch.handles if not handle.done})
+            stages = {"waiting": len(self._waiting), "reading": len(self._reading), "running": running}
+            names = ("submitted", "finished", "cancelled", "failed", "prefill_tokens", "generated_tokens", "steps")
+            return Counters(slots=self._slots(), **stages, **{name: self._counts[name] for name in names})
+
+    def wait_until(self, ready) -> None:
+        """Wait until `ready()`. Where no other thread is in `run`, the one that waits steps."""
+        while True:
+            with self._changed:
+                if ready():
+                    return
+                if self._runs:
+                    self._changed.wait()
+                    continue
+            self.step()
+
+    # ---- for those who serve ----
+
+    def run(self, forever: bool = False) -> None:
+        """Step until nothing is left to do; with `forever` wait for more, until `close`."""
+        with self._changed:
+            self._runs += 1
+        try:
+            while self.step() or (forever and not self._closed):
+                if forever:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._closed or self._busy())
+        finally:
+            with self._changed:
+                self._runs -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cancel everything and take no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.step()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Admit what there is room for, read a bounded piece of the new prompts, write one token of every completion.
+
+        Errors of the model end the requests that it was called for. Returns whether there is more to do.
+        """
+        with self._stepping:
+            with self._changed:
+                self._counts["steps"] += self._busy()
+                self._drop_cancelled()
+                while self._waiting and self._slots() + len(self._waiting[0].rows) <= self._max_batch:
+                    self._reading.append(self._waiting.popleft())
+                self._changed.notify_all()  # the queue has room
+            self._prefill()
+            self._decode()
+            with self._changed:
+                if not self._batch.going():
+                    self._batch = _Batch()  # an idle engine holds no states
+                self._changed.notify_all()
+                return self._busy()
+
+    # ---- one step ----
+
+    def _drop_cancelled(self):
+        for jobs in (self._waiting, self._reading):
+            for job in [job for job in jobs if job.handle.cancelled or self._closed]:
+                jobs.remove(job)
+                for row in job.rows:
+                    self._end(job.handle, row, "cancelled")
+        batch = self._batch
+        for i in batch.going():
+            if batch.handles[i].cancelled or self._closed:
+                self._end(batch.handles[i], batch.rows[i], "cancelled", batch.state.select([i]))
+
+    def _prefill(self):
+        """Read the next pieces of prompts. Rows whose prompt is read join the batch, those that ended leave it."""
+        jobs, pieces = self._pieces()
+        batch, read_out, error = self._batch, jobs, None
+        try:
+            batch = batch.select(batch.going())
+            if jobs:
+                logits, state = self._read_pieces(jobs, pieces)
+                read_out = [job for job in jobs if job.position == len(job.ids)]
+                index = [i for i, job in enumerate(jobs) if job in read_out for _ in job.rows]
+                if read_out:
+                    batch = batch.join(_batch_of(read_out, logits[index], state.select(index)))
+        except Exception as caught:
+            error = caught
+        with self._changed:
+            self._reading = [job for job in self._reading if job not in read_out]
+            self._batch = batch
+            if error is None:
+                self._counts["prefill_tokens"] += sum(map(len, pieces))
+            else:
+                self._fail(error, [(job.handle, row) for job in jobs for row in job.rows])
+
+    def _pieces(self):
+        """The prompts that this step reads, first come first, and of each the next ids (t,)."""
+        jobs, pieces, left = [], [], self._max_prefill_tokens
+        for job in self._reading:
+            piece = job.ids[job.position :][: min(left, self._prefill_chunk)]
+            if len(piece):
+                jobs.append(job)
+                pieces.append(piece)
+                left -= len(piece)
+        return jobs, pieces
+
+    def _read_pieces(self, jobs, pieces):
+        device, lengths = self._model.device, torch.tensor([len(piece) for piece in pieces])
+        ids = pad_sequence(pieces, batch_first=True).to(device)
+        logits, state = read(self._model, ids, _joined([job.state for job in jobs]), lengths.to(device))
+        for i, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
+            job.position += len(piece)
+            job.state = state.select([i]) if job.position < len(job.ids) else None
+        return logits, state
+
+    def _decode(self):
+        """One token of each row; rows that end read their last token, too."""
+        try:
+            self._drop_broken()
+            batch = self._batch
+            if not batch.rows:
+                return
+            ids, events = self._write(batch)
+            batch.logits, batch.state = read(self._model, ids[:, None], batch.state)
+            ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
+            completions = [row.completion(batch.state.select([i])) for i, row in ended]
+        except BaseException as error:  # of an interrupt, too: rows may have a token that was not read
+            with self._changed:
+                self._fail(error, list(zip(self._batch.handles, self._batch.rows, strict=True)))
+            if isinstance(error, Exception):
+                return
+            raise
+        with self._changed:
+            for (i, _), completion in zip(ended, completions, strict=True):
+                batch.handles[i]._events.append(replace(events[i], completion=completion))
+                self._complete(batch.handles[i], completion)
+
+    def _write(self, batch):
+        """Draw the next id (b,) of each row, and tell those who wait of the tokens that are not a row's last."""
+        of_rows = zip(*((row.rules.sampling, row.generator, row.ids, row.prompt) for row in batch.rows), strict=True)
+        ids = choose_each(batch.logits, *of_rows)
+        logprobs = batch.logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+        events = [row.push(*new) for row, *new in zip(batch.rows, ids.tolist(), logprobs, strict=True)]
+        with self._changed:
+            self._counts["generated_tokens"] += len(events)
+            for handle, row, event in zip(batch.handles, batch.rows, events, strict=True):
+                if not row.finish_reason:
+                    handle._events.append(event)
+            self._changed.notify_all()
+        return ids, events
+
+    def _drop_broken(self):
+        """A row whose logits are NaN fails alone: the others must not fail with it."""
+        batch = self._batch
+        if batch.rows and not (healthy := batch.logits.amax(-1).isfinite()).all():
+            text = "engine: the next token's logits are NaN or all -inf; check the model's weights, or the state given"
+            broken = [(batch.handles[i], batch.rows[i]) for i in (~healthy).nonzero()[:, 0].tolist()]
+            with self._changed:
+                self._fail(AnymambaError(text), broken)
+                self._batch = batch.select(batch.going())
+
+    # ---- what a request goes through; the lock is held ----
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._batch.going())
+
+    def _slots(self) -> int:
+        return len(self._batch.going()) + sum(len(job.rows) for job in self._reading)
+
+    def _fail(self, error, handles_and_rows):
+        traceback.clear_frames(error.__traceback__)  # else a handle that is kept would keep their tensors
+        for handle, row in handles_and_rows:
+            if row.sample_index not in handle._completions:
+                handle.error = error
+                self._end(handle, row, "error")
+
+    def _end(self, handle, row, reason, state=None):
+        row.finish_reason = reason
+        self._complete(handle, row.completion(state))
+
+    def _complete(self, handle, completion):
+        handle._completions[completion.sample_index] = completion
+        if handle.done:
+            reasons = {c.finish_reason for c in handle._completions.values()}
+            outcome = "failed" if "error" in reasons else "cancelled" if "cancelled" in reasons else "finished"
+            self._counts[outcome] += 1
+
+    def _job(self, request) -> _Job:
+        """The request, checked: from here on only the model itself can refuse it."""
+        [prompt] = checked_prompts(self._model, [request.prompt], request.state)
+        rules = Rules(request.max_new_tokens, request.sampling, request.stop_ids, (), None, logprobs=True)
+        check_rules(rules, self._model.config.vocab_size)
+        require_positive(n=request.n)
+        if request.n > self._max_batch:
+            raise AnymambaError(f"engine: n={request.n} completions, but max_batch={self._max_batch}; ask for fewer")
+        [generators] = row_generators(request.seed, 1, request.n)
+        prompt = prompt.clone()  # the caller's may change before it is read
+        rows = [Row(rules, 0, i, prompt, generator) for i, generator in enumerate(generators)]
+        return _Job(Handle(request, self), prompt, rows, checked_state(self._model, request.state))
+
+
+def _batch_of(jobs, logits, state) -> _Batch:
+    """The rows of prompts that are read, with their logits (b, v) and states."""
+    handles = [job.handle for job in jobs for _ in job.rows]
+    return _Batch(handles, [row for job in jobs for row in job.rows], logits, state)
+
+
+def _joined(states) -> MambaState | None:
+    """States of one row as one; None stands for the state before the first token, also where it is that of all."""
+    known = next((state for state in states if state is not None), None)
+    if known is None:
+        return None
+    layers = tuple(LayerState(*map(torch.zeros_like, layer)) for layer in known.layers)
+    start = MambaState(layers, torch.zeros_like(known.seen))
+    return MambaState.cat([start if state is None else state for state in states])
