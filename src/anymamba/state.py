@@ -5,6 +5,7 @@ Axes: b rows, d d_inner, w d_conv, n d_state.
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -17,6 +18,7 @@ from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
 
 FORMAT = "anymamba-state-1"
+EXTRA = "extra."  # begins the names of tensors in a file that are not of the state
 
 
 class LayerState(NamedTuple):
@@ -105,14 +107,15 @@ class MambaState:
 
     # ---- files ----
 
-    def save(self, path: str | os.PathLike, model) -> None:
+    def save(self, path: str | os.PathLike, model, **extra: Tensor) -> None:
         """Write to a safetensors file, with the fingerprint of the `MambaLM` that read the text. Atomic.
 
-        Raises AnymambaError if the file cannot be written.
+        `extra` tensors are kept beside the state; `load_with` gives them back. Raises AnymambaError if the file cannot
+        be written.
         """
         from safetensors.torch import save_file
 
-        tensors = {"seen": self.seen}
+        tensors = {"seen": self.seen, **{EXTRA + k: v for k, v in extra.items()}}
         for i, (conv, ssm) in enumerate(self.layers):
             tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.ssm": ssm}
         tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
@@ -125,19 +128,13 @@ class MambaState:
 
         Raises AnymambaError if the file is not a state, is damaged, or belongs to another model.
         """
-        from safetensors import SafetensorError, safe_open
+        return cls.load_with(path, model)[0]
 
-        path = Path(path)
-        if not path.is_file():
-            raise AnymambaError(f"no state file at {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(model.device)) as file:
-                meta, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise AnymambaError(f"{path} is not a readable state file ({error}); read the text again") from None
-        if meta.get("format") != FORMAT:
-            found = meta.get("format", "no anymamba format")
-            raise AnymambaError(f"{path} is not an anymamba state: it says {found!r}, expected {FORMAT!r}")
+    @classmethod
+    def load_with(cls, path: str | os.PathLike, model) -> tuple[Self, dict[str, Tensor]]:
+        """`load`, and the extra tensors that were saved with the state, by name."""
+        with _open(path, str(model.device)) as file:
+            meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         if meta.get("model") != model.fingerprint():
             raise AnymambaError(
                 f"{path} is the state of another model:\n  state of  {meta.get('model')}\n  this is   "
@@ -146,6 +143,49 @@ class MambaState:
         count = model.config.n_layer
         try:
             layers = tuple(LayerState(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(count))
-            return cls(layers, tensors["seen"])
+            state = cls(layers, tensors["seen"])
         except KeyError as error:
             raise AnymambaError(f"{path} has no tensor {error}; read the text again") from None
+        return state, {k.removeprefix(EXTRA): v for k, v in tensors.items() if k.startswith(EXTRA)}
+
+
+class StateInfo(NamedTuple):
+    """What a state file says of itself."""
+
+    model: str  # fingerprint of the model that read the text
+    seen: list[int]  # tokens that each row has read
+    layers: int
+    conv: tuple[int, ...]  # shape (b,d,w-1) of a layer's last inputs
+    ssm: tuple[int, ...]  # shape (b,d,n) of a layer's SSM state
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the two
+    extra: list[str]  # names of what was saved beside the state
+    nbytes: int  # of the file
+
+
+def state_info(path: str | os.PathLike) -> StateInfo:
+    """What is in a state file, without its model. Raises AnymambaError if it is no state or is damaged."""
+    with _open(path, "cpu") as file:
+        names = sorted(file.keys())
+        layers = sum(name.endswith(".ssm") for name in names)
+        seen, conv, ssm = (file.get_tensor(name) for name in ("seen", "layers.0.conv", "layers.0.ssm"))
+        extra = [name.removeprefix(EXTRA) for name in names if name.startswith(EXTRA)]
+        shapes, dtypes = (tuple(conv.shape), tuple(ssm.shape)), (conv.dtype, ssm.dtype)
+        model = file.metadata().get("model", "unknown")
+    return StateInfo(model, seen.tolist(), layers, *shapes, dtypes, extra, Path(path).stat().st_size)
+
+
+@contextmanager
+def _open(path, device):
+    """A state file, open. Raises AnymambaError if it is not there, not readable or none of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise AnymambaError(f"no state file at {path}")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            found = (file.metadata() or {}).get("format", "no anymamba format")
+            if found != FORMAT:
+                raise AnymambaError(f"{path} is not an anymamba state: it says {found!r}, expected {FORMAT!r}")
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise AnymambaError(f"{path} is not a readable state file ({error}); read the text again") from None

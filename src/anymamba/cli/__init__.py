@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": "train a model on text; without --data on the text that every machine has",
     "generate": "continue a prompt with a trained model, or talk to it (--interactive)",
+    "state": "read text of any length once into a state file, and see what is in one",
     "eval": "loss, perplexity and bits per byte of a model on a file",
     "tokenizer": "train a BPE tokenizer on your text",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",
@@ -22,6 +23,7 @@ examples:
   anymamba train                                      three minutes, on Python's own source code
   anymamba train --data book.txt --minutes 10
   anymamba generate runs/NAME --prompt "def main"
+  anymamba state read runs/NAME book.txt -o book.state
   anymamba doctor
 
 anymamba COMMAND --help tells each command's options; --debug after any command shows the traceback of an error.

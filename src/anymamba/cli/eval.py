@@ -8,7 +8,8 @@ import numpy as np
 import tyro
 from tyro.conf import Positional, arg
 
-from anymamba.data import Tokenizer, documents
+from anymamba.data import Tokenizer
+from anymamba.data.tokens import tokenised
 from anymamba.errors import AnymambaError
 from anymamba.train.evaluate import Evaluation, evaluate
 from anymamba.train.runs import load_run
@@ -49,19 +50,8 @@ def main(argv: list[str]) -> int:
 
 def read_tokens(paths: tuple[str, ...], field: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """All documents as one array of ids (n,), and their size in bytes; among several, each ends with the EOS id."""
-    pieces: list[np.ndarray] = []
-    size = 0
-    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    for index, document in enumerate(documents(paths, field)):
-        if index == 1:  # as in training, a single text has no end
-            pieces.append(eos)
-        for text in document.pieces:
-            pieces.append(tokenizer.encode(text))
-            size += len(text.encode())
-        if index:
-            pieces.append(eos)
-    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    return np.concatenate([piece.astype(narrow) for piece in pieces]), size
+    pieces, sizes = zip(*tokenised(paths, tokenizer, field), strict=True)
+    return np.concatenate(pieces), sum(sizes)
 
 
 def _with_progress(model, tokens: np.ndarray, bytes_per_token: float, options: Options) -> Evaluation:

@@ -11,9 +11,10 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
+from anymamba.cli.state import check_output, load_one
 from anymamba.data import Tokenizer
 from anymamba.errors import AnymambaError
-from anymamba.generate import SamplingConfig, TokenEvent, generate, stream
+from anymamba.generate import SamplingConfig, TokenEvent, generate, read, stream
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
 from anymamba.train.runs import first_ids, load_run
@@ -28,13 +29,20 @@ examples:
   anymamba generate runs/NAME --prompt "Once" --temperature 0.7 --top-p 0.9 --n 3
   anymamba generate runs/NAME --prompt - < question.txt
   anymamba generate runs/NAME --interactive               the model remembers the whole conversation
+  anymamba generate runs/NAME --state book.state          goes on with what `anymamba state read` has read
+  anymamba generate runs/NAME --interactive --save-state talk.state
 """
 
 
 @dataclass
 class Options:
     run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # folder of a run or model; a small one if none
-    prompt: str | None = None  # text to continue; - reads standard input; without one the model begins a text
+    prompt: str | None = (
+        None  # text to continue; - reads standard input; without one the model begins a text, or goes on with --state
+    )
+    state: str | None = None  # file of what the model has read before, from `anymamba state read` or --save-state
+    save_state: str | None = None  # file to write: what the model has read after its answer
+    force: bool = False  # let --save-state overwrite a file
     interactive: bool = False  # turn by turn; Ctrl-C stops an answer, Ctrl-D ends
     echo: bool = True  # print the prompt before what follows
     tokenizer: str | None = None  # the run's own if none
@@ -65,42 +73,61 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"
         )
+    if options.save_state is not None:
+        if options.n != 1:
+            raise AnymambaError(f"--save-state with --n {options.n}: a file holds the state after one answer, drop one")
+        check_output(options.save_state, options.force)
     model, tokenizer = load_run(options.run or DEFAULT_MODEL, options.tokenizer)
+    state, logits = (None, None) if options.state is None else load_one(options.state, model)
     sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     if options.interactive:
-        _talk(model, tokenizer, options)
+        _talk(model, tokenizer, options, state)
     else:
-        _continue(model, tokenizer, options)
+        _continue(model, tokenizer, options, state, logits)
     return 0
 
 
-def _continue(model: MambaLM, tokenizer: Tokenizer, options: Options) -> None:
+def _continue(
+    model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None, logits: torch.Tensor | None
+) -> None:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
-    prompt = tokenizer.encode(text).tolist() or first_ids(tokenizer)
+    prompt = tokenizer.encode(text).tolist()
+    if not prompt and state is not None and logits is None:
+        raise AnymambaError(f"{options.state} does not say what comes next, only what was read: give a --prompt")
+    if not prompt and state is None:
+        prompt = first_ids(tokenizer)
+    start = {"state": state, "seed": options.seed, "logits": logits, **_rules(tokenizer, options)}
     if options.n > 1:  # side by side in one batch, so shown when they are done
-        done = generate(model, [prompt], n=options.n, seed=options.seed, **_rules(tokenizer, options))
-        for i, completion in enumerate(done, start=1):
+        for i, completion in enumerate(generate(model, [prompt], n=options.n, **start), start=1):
             print(f"--- {i}\n{text if options.echo else ''}{completion.text}")
         return
-    events = stream(model, prompt, seed=options.seed, **_rules(tokenizer, options))  # refuses before we write
+    events = stream(model, prompt, **start)  # refuses before we write
     _write(text if options.echo else "")
-    for event in events:
-        _write(event.text)
-    _write("\n")
+    said = []
+    try:
+        for event in events:
+            said.append(event.id)
+            _write(event.text)
+        _write("\n")
+    finally:  # Ctrl-C keeps what was said so far
+        if said and options.save_state is not None:
+            read(model, prompt + said, state).save(options.save_state, model)
 
 
-def _talk(model: MambaLM, tokenizer: Tokenizer, options: Options) -> None:
-    state, turn = None, 0
+def _talk(model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None) -> None:
+    turn = 0
     while True:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             _write("\n")
-            return
+            break
         prompt = tokenizer.encode(line + "\n").tolist()
         events = stream(model, prompt, state=state, seed=options.seed + turn, **_rules(tokenizer, options))
         state = _answer(model, prompt, events, state)
         turn += 1
+    if state is not None and options.save_state is not None:
+        state.save(options.save_state, model)  # without what comes next: it is the person's turn
 
 
 def _answer(model: MambaLM, prompt: list[int], events: Iterator[TokenEvent], before: MambaState | None) -> MambaState:
@@ -115,8 +142,7 @@ def _answer(model: MambaLM, prompt: list[int], events: Iterator[TokenEvent], bef
                 return event.completion.state
     except KeyboardInterrupt:
         _write(" …\n")
-    with torch.no_grad():
-        return model(torch.tensor([ids]), state=before, last_only=True).state
+    return read(model, ids, before).state
 
 
 def _rules(tokenizer: Tokenizer, options: Options) -> dict:

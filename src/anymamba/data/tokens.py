@@ -72,7 +72,7 @@ def prepare(
     if data := _load(folder, fingerprint):
         return data
     size = sum(file.path.stat().st_size for file in files) if all(file.is_plain for file in files) else None
-    with _writable(folder), _progress_bar(size, progress) as advance:
+    with _writable(folder), progress_bar(size, progress) as advance:
         folder.mkdir(parents=True, exist_ok=True)
         # Killed in the middle, only this folder is left over, and nothing takes it for a corpus.
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
@@ -230,16 +230,32 @@ def _writable(folder: Path) -> Iterator[None]:
         raise
 
 
+def tokenised(paths: Iterable[str | Path], tokenizer: Tokenizer, field: str) -> Iterator[tuple[np.ndarray, int]]:
+    """The documents under `paths` piece by piece: ids (t,) and the size of their text in bytes.
+
+    Among several documents each ends with the EOS id; a single one, as in training, has no end. Raises AnymambaError
+    as `documents` does.
+    """
+    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=dtype_for(tokenizer.vocab_size))
+    for index, document in enumerate(documents(paths, field)):
+        if index == 1:
+            yield eos, 0
+        for text in document.pieces:
+            yield tokenizer.encode(text), len(text.encode())
+        if index:
+            yield eos, 0
+
+
 @contextmanager
-def _progress_bar(total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int | None, show: bool = True, label: str = "tokenising") -> Iterator[Callable[[int], None]]:
     """Gives `advance(bytes)`. The bar comes up when the work takes more than a second and a person may be looking."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = ("tokenising", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("tokenising", total=total)
+    task = bar.add_task(label, total=total)
     begin = time.monotonic()
 
     def advance(size: int) -> None:

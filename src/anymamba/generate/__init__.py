@@ -1,11 +1,13 @@
 """Text from a model: samplers, `generate` for whole completions, `stream` for one token at a time, `Engine` for many
-requests at once."""
+requests at once, `read` for long texts, `PrefixCache` for what many prompts begin with."""
 
 from anymamba.generate.engine import Engine
 from anymamba.generate.generate import generate, stream
+from anymamba.generate.prefix import PrefixCache
+from anymamba.generate.read import Reading, read, reading
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Completion, TokenEvent
 from anymamba.generate.sampling import SamplingConfig
 
-__all__ = ["Completion", "Counters", "Engine", "Handle", "QueueFull", "Request", "SamplingConfig", "TokenEvent",
-           "generate", "stream"]  # fmt: skip
+__all__ = ["Completion", "Counters", "Engine", "Handle", "PrefixCache", "QueueFull", "Reading", "Request",
+           "SamplingConfig", "TokenEvent", "generate", "read", "reading", "stream"]  # fmt: skip

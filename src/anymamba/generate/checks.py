@@ -1,4 +1,4 @@
-"""What `generate` and the engine refuse, before a model is called."""
+"""What generation and the engine refuse, before a model is called."""
 
 import math
 from numbers import Integral
@@ -9,11 +9,9 @@ from anymamba.errors import AnymambaError
 from anymamba.state import MambaState
 
 
-def checked_prompts(model, prompts, state):
+def checked_prompts(model, prompts, state, logits=None, cache=None):
     """Each prompt as a tensor (t,) of int64."""
-    v = model.config.vocab_size
-    if v is None:
-        raise AnymambaError("generate: this model has no vocabulary, it maps features; use one made with vocab_size")
+    require_vocabulary("generate", model)
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
     if len(prompts) == 0:
@@ -21,19 +19,43 @@ def checked_prompts(model, prompts, state):
     if state is not None and state.batch_size != len(prompts):
         rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
         raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
+    _check_start(model, len(prompts), state, logits, cache)
     prompts = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
     for p, ids in enumerate(prompts):
         if ids.dim() != 1:
             raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
-        if len(ids) == 0:
+        if len(ids) == 0 and logits is None:
             raise AnymambaError(f"generate: prompt {p} is empty; give it a token to start from, such as the EOS id")
-        if ids.dtype.is_floating_point:
-            raise AnymambaError(f"generate: prompt {p} is {ids.dtype}, but token ids are whole numbers")
-        prompts[p] = ids = ids.long()
-        for t in ((ids < 0) | (ids >= v)).nonzero()[:1, 0].tolist():
-            what = f"prompt {p} has id {int(ids[t])} at position {t}, but the vocabulary has ids 0 … {v - 1}"
-            raise AnymambaError(f"generate: {what}; was it encoded with another tokenizer?")
+        prompts[p] = checked_ids(ids, model.config.vocab_size, f"generate: prompt {p}")
     return prompts
+
+
+def checked_ids(ids, vocab_size, who, offset=0):
+    """ids (t,) as int64. `offset` is where they stand in the whole, for the message."""
+    if len(ids) and (ids.dtype.is_floating_point or ids.dtype == torch.bool):
+        raise AnymambaError(f"{who} is {ids.dtype}, but token ids are whole numbers")
+    ids = ids.long()
+    for t in ((ids < 0) | (ids >= vocab_size)).nonzero()[:1, 0].tolist():
+        what = f"has id {int(ids[t])} at position {offset + t}, but the vocabulary has ids 0 … {vocab_size - 1}"
+        raise AnymambaError(f"{who} {what}; was it encoded with another tokenizer?")
+    return ids
+
+
+def require_vocabulary(who, model):
+    if model.config.vocab_size is None:
+        raise AnymambaError(f"{who}: this model has no vocabulary, it maps features; use one made with vocab_size")
+
+
+def _check_start(model, rows, state, logits, cache):
+    """`logits` and `cache` against the state that they go with."""
+    if logits is not None and (state is None or logits.shape != (rows, model.config.padded_vocab_size)):
+        got = f"logits {tuple(logits.shape)} {'without' if state is None else 'with'} a state"
+        want = (rows, model.config.padded_vocab_size)
+        raise AnymambaError(f"generate: {got}, but they must be {want} and go with one: pass both of a Reading")
+    if cache is not None and state is not None:
+        raise AnymambaError("generate: cache with state: a cache knows texts from their first token, drop one of them")
+    if cache is not None and cache.model is not model:
+        raise AnymambaError("generate: the cache was made for another model; make one for this: PrefixCache(model)")
 
 
 def checked_state(model, state):
@@ -75,7 +97,7 @@ def check_beams(num_beams, n, sampling, length_penalty, on_token):
         raise AnymambaError(f"generate: length_penalty={length_penalty!r}, but it must be a finite number (0: none)")
 
 
-def require_positive(**values):
+def require_positive(who="generate", /, **values):
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise AnymambaError(f"generate: {name}={value!r}, but it must be a whole number of at least 1")
+            raise AnymambaError(f"{who}: {name}={value!r}, but it must be a whole number of at least 1")

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.generate.checks import check_beams, check_rules, checked_prompts, require_positive
+from anymamba.generate.prefix import PrefixCache
+from anymamba.generate.read import read_batch
 from anymamba.generate.rows import Completion, Row, Rules, TokenEvent, read
-from anymamba.generate.sampling import SamplingConfig, choose, row_generators
+from anymamba.generate.sampling import SamplingConfig, choose, mask_padding, row_generators
 from anymamba.state import MambaState
 
 _DEFAULT = SamplingConfig()
@@ -33,6 +34,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     n: int = 1,
     state: MambaState | None = None,
+    logits: Tensor | None = None,
+    cache: PrefixCache | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     logprobs: bool = False,
@@ -42,24 +45,28 @@ def generate(
     """`n` completions of each prompt, sorted by prompt and then by sample or by rank of the beam.
 
     prompts: ids, each at least one, of any lengths. With `state` (one row per prompt) they continue what it has read.
+    logits: (b, v) that came with `state`, as of a `Reading`: a prompt may then be empty, and the text just goes on.
+    cache: a `PrefixCache` of this model: each prompt is read from the longest beginning that it knows.
     max_new_tokens, stop_ids, stop_strings: a row ends at the first that applies; stop strings may span tokens.
     seed: sample i of prompt p draws from a stream of its own, seeded with (seed, p, i); for a list, (seed[p], 0, i).
     num_beams: above 1, beam search, which does not sample; gives the `n` best by `Completion.score`.
     on_token: called with every `TokenEvent` as soon as it is known.
-    prefill_chunk: prompts are read in pieces of this many tokens, which bounds the memory that long ones take.
+    prefill_chunk: prompts are read in pieces of this many tokens, which bounds the memory that long ones take; with
+        a cache in pieces of its `every`.
 
     Penalties see the prompt given here, not what `state` has read. Raises AnymambaError for what cannot be meant.
     """
-    prompts = checked_prompts(model, prompts, state)
+    prompts = checked_prompts(model, prompts, state, logits, cache)
     rules = Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs)
     check_rules(rules, model.config.vocab_size)
     require_positive(n=n, num_beams=num_beams, prefill_chunk=prefill_chunk)
+    start = _Start(state, logits, cache, prefill_chunk)
     if num_beams > 1:
         check_beams(num_beams, n, sampling, length_penalty, on_token)
-        return _beam_search(model, prompts, state, rules, num_beams, n, length_penalty, prefill_chunk)
+        return _beam_search(model, prompts, start, rules, num_beams, n, length_penalty)
     generators = row_generators(seed, len(prompts), n)
     completions = []
-    for event in _tokens(model, prompts, state, rules, generators, prefill_chunk):
+    for event in _tokens(model, prompts, start, rules, generators):
         if on_token is not None:
             on_token(event)
         if event.completion is not None:
@@ -78,23 +85,25 @@ def stream(
     tokenizer: Any = None,
     seed: int = 0,
     state: MambaState | None = None,
+    logits: Tensor | None = None,
+    cache: PrefixCache | None = None,
     prefill_chunk: int = 2048,
 ) -> Iterator[TokenEvent]:
     """The tokens of one completion, one by one, the same as `generate` gives; the last event carries the `Completion`.
 
     The texts of the events add up to the completion's text. Raises AnymambaError, at once, as `generate` does.
     """
-    prompts = checked_prompts(model, [prompt], state)
+    prompts = checked_prompts(model, [prompt], state, logits, cache)
     rules = Rules(max_new_tokens, sampling, stop_ids, stop_strings, tokenizer, logprobs=True)
     check_rules(rules, model.config.vocab_size)
     require_positive(prefill_chunk=prefill_chunk)
-    return _tokens(model, prompts, state, rules, row_generators(seed, 1, 1), prefill_chunk)
+    return _tokens(model, prompts, _Start(state, logits, cache, prefill_chunk), rules, row_generators(seed, 1, 1))
 
 
 @torch.no_grad()  # not inference_mode: one may train from the states that come back
-def _tokens(model, prompts, state, rules, generators, prefill_chunk) -> Iterator[TokenEvent]:
+def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
     """Every token of every row. A prompt is read once for all its rows; a row leaves the batch when it ends."""
-    logits, state = _prefill(model, prompts, state, prefill_chunk)
+    logits, state = _prefill(model, prompts, start)
     rows = [Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
     going = [row.prompt_index for row in rows]
     while rows:
@@ -113,15 +122,22 @@ def _tokens(model, prompts, state, rules, generators, prefill_chunk) -> Iterator
         rows = [rows[i] for i in going]
 
 
-def _prefill(model, prompts, state, chunk):
+class _Start(NamedTuple):
+    """What the prompts are read after, and how: arguments of `generate`."""
+
+    state: MambaState | None
+    logits: Tensor | None
+    cache: PrefixCache | None
+    chunk: int
+
+
+def _prefill(model, prompts, start):
     """The logits (b, v) and the state after each prompt."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    ids, logits = pad_sequence(prompts, batch_first=True).to(model.device), None
-    for start in range(0, ids.shape[1], chunk):
-        here = (lengths - start).clamp(0, chunk)
-        new, state = read(model, ids[:, start : start + chunk], state, here)
-        logits = new if logits is None else torch.where(here[:, None] > 0, new, logits)
-    return logits, state
+    if start.cache is not None:
+        logits, state = start.cache.read_batch(prompts)
+    else:
+        logits, state = read_batch(model, prompts, start.state, start.logits, chunk=start.chunk)
+    return mask_padding(logits.float(), model.config.vocab_size), state
 
 
 class _Beam(NamedTuple):
@@ -138,9 +154,9 @@ class _Beam(NamedTuple):
 
 
 @torch.no_grad()
-def _beam_search(model, prompts, state, rules, num_beams, n, length_penalty, prefill_chunk):
+def _beam_search(model, prompts, start, rules, num_beams, n, length_penalty):
     """One prompt after the other, its beams as a batch."""
-    logits, state = _prefill(model, prompts, state, prefill_chunk)
+    logits, state = _prefill(model, prompts, start)
     completions = []
     for p in range(len(prompts)):
         found = _search(model, logits[[p]], state.select([p]), rules, num_beams, length_penalty)[:n]
