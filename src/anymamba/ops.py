@@ -5,7 +5,7 @@
 | `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py | triton_scan.py | cuda_scan.py |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
-| `linear` | torch | kernels/numba_linear.py, for a few rows of 16 bits | torch | torch |
+| `linear` | torch | kernels/numba_linear.py for a few rows, else torch | torch | torch |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
 Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
@@ -24,8 +24,8 @@ from anymamba.registration import check_bounds
 __all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear", "selective_scan",
            "selective_step_"]  # fmt: skip
 
-# numbers of rows for which the kernel of a 16-bit `linear` on a CPU is faster than torch's, see docs/decisions.md
-FEW_ROWS = {torch.bfloat16: range(1, 5), torch.float16: range(2, 9)}
+# numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, see docs/decisions.md
+FEW_ROWS = {torch.float32: range(1, 9), torch.bfloat16: range(1, 5), torch.float16: range(2, 9)}
 
 
 # ---- public functions ------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _scan_with_states(k, x, dt, A, B, C, D, z, initial_state, options):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…,k) times weight (outputs,k)ᵀ plus bias (outputs,): torch's own, but for decoding on a CPU.
 
-    There, for a few rows of bfloat16 or float16 without gradients, a kernel reads each weight from memory once.
+    There, for a few rows and without gradients, a kernel reads each weight from memory once.
     """
     if not _few_rows(x, weight):
         return F.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""A few rows times a matrix of 16-bit numbers on the CPU, which is decoding: each weight comes from memory once."""
+"""A few rows times a matrix on the CPU, which is decoding: each weight comes from memory once, in one stream."""
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def linear_rows(dtype):
 
 
 def linear(x, weight):
-    """x (rows, k) · weight (outputs, k)ᵀ, (rows, outputs) in float32; the weight dense and of 16 bits."""
+    """x (rows, k) · weight (outputs, k)ᵀ, (rows, outputs) in float32; the weight dense."""
     (rows, k), outputs = x.shape, weight.shape[0]
     wide, y = x.float().contiguous(), torch.empty(rows, outputs)
     launch.launch(linear_rows, launch.STORAGE[weight.dtype], -(-outputs // BLOCK),
