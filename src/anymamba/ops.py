@@ -14,6 +14,7 @@ Functions return `(y, final_state)` and change nothing; only `*_step_` write, in
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymamba import reference
@@ -176,6 +177,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _few_rows(x, weight):
     rows = FEW_ROWS.get(weight.dtype)
     if rows is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != weight.dtype:
+        return False
+    if is_in_torch_dispatch_mode():  # someone watches torch's operators, to count operations for example
         return False
     plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
     if not plain or weight.device.type != "cpu" or x.device != weight.device or x.shape[-1] != weight.shape[1]:

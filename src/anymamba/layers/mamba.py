@@ -37,7 +37,6 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n, device=device))  # A = -exp(A_log), always float32
         self.D = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
-        self._kept_A = None, None, 0, None  # of which A_log, its memory, its version, and A
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None):
         """u (b,t,m) → y (b,t,m) and the new LayerState. `cu_seqlens` as in `ops.selective_scan`."""
@@ -49,28 +48,12 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         y, ssm_state = selective_scan(
-            x, self.dt_proj(dt), self.A(), B, C, self.D, z,
+            x, self.dt_proj(dt), A, B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return self.out_proj(y), LayerState(conv_state, ssm_state)
-
-    def A(self) -> Tensor:
-        """A = -exp(A_log) (d,n), float32 or wider.
-
-        Without gradients on a CPU it is kept until A_log changes: for one token its exponentials take as long as the
-        rest of the scan.
-        """
-        A_log = self.A_log
-        learning = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if learning or type(A_log) is not nn.Parameter or A_log.device.type != "cpu" or A_log.is_inference():
-            return _negative_exp(A_log)  # inference tensors count no versions
-        of, memory, version, A = self._kept_A
-        if of is not A_log or memory.data_ptr() != A_log.data_ptr() or version != A_log._version:
-            with torch.inference_mode(False), torch.no_grad():  # for use in any mode
-                A = _negative_exp(A_log)
-            self._kept_A = A_log, A_log.detach(), A_log._version, A  # held, so that nothing else can lie there
-        return A
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() must not round A, D and the step bias: errors in A compound over the whole text
@@ -82,7 +65,3 @@ class MambaMixer(nn.Module):
             return v.to(out.device) if lowered else out
 
         return super()._apply(convert, recurse)
-
-
-def _negative_exp(A_log):
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
