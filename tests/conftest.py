@@ -1,6 +1,7 @@
 """What several test files share: the tolerance law, poisoned memory, a record of kernel launches."""
 
 import functools
+import io
 import os
 import subprocess
 import sys
@@ -47,6 +48,24 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(numba_launch, "launch", spy)
     return seen
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command in this process: (exit code, output, errors)."""
+    from anymamba.cli import main
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as exit:  # of the option parser
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The commands, and what they say to bad input. Where the process itself matters they run as one."""
 
-import io
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from anymamba import MambaConfig, checkpoint, explain
-from anymamba.cli import doctor, main, warmup
+from anymamba.cli import doctor, warmup
 from anymamba.cli.generate import DEFAULT_MODEL, Options, _answer
 from anymamba.data import load_tokenizer
 from anymamba.generate import SamplingConfig, generate
@@ -44,22 +43,6 @@ def trained(folder):
     done = run("train", "--data", folder / "text.txt", "--steps", 120, "--lr", "0.01", "--out", folder / "run", *SIZES)
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run a command in this process: (exit code, output, errors)."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as exit:  # of the option parser
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 # ---- what they do ----

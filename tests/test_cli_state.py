@@ -1,6 +1,5 @@
 """anymamba state, and generate with --state and --save-state, on a tiny model and Python's own library."""
 
-import io
 import json
 import re
 import shlex
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from anymamba import MambaConfig, MambaLM, MambaState
-from anymamba.cli import main
 from anymamba.cli import state as command_state
 from anymamba.cli.eval import read_tokens
 from anymamba.data import ByteTokenizer
@@ -60,20 +58,9 @@ def book(folder):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, folder):
-    """Run a command in this process: (exit code, output, errors)."""
-    monkeypatch.setenv("COLUMNS", "120")
+def command(command, monkeypatch, folder):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as exit:  # of the option parser
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
+    return command
 
 
 @pytest.fixture(scope="module")

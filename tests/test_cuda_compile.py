@@ -221,8 +221,8 @@ def test_kernels_compile(case, arch, shared, compiled_by, tmp_path):
         used = resources(cuda_launch.compile(source, file, defines, arch, headers), tmp_path)
         assert used.keys() >= names
         if arch == "sm_90" and dict(defines)["N"] == 16 and dict(defines)["XTYPE"] == 1:
-            for name in names:  # backward spills some 80 bytes today: a dozen loads a chunk
-                assert used[name]["STACK"] + used[name]["LOCAL"] <= 96, f"{name} spills {used[name]} with {defines}"
+            for name in names:  # backward spills some 70 bytes today: a dozen loads a chunk
+                assert used[name]["STACK"] + used[name]["LOCAL"] <= 80, f"{name} spills {used[name]} with {defines}"
 
 
 def test_every_source_is_checked_and_in_the_wheel():

@@ -18,8 +18,8 @@ def saved_shape(x_shape, A_shape, groups, sequences):
     return x_shape[0] * x_shape[1] // chunk_length(n) + sequences + 1, d, padded(n)
 
 
-# Milliseconds that 2048 steps took with 1, 2, … blocks on each multiprocessor of an H200 (benchmarks/gpu_plans.py), for
-# each number K of states a lane: many cost less, few spread a small problem over more lanes.
+# Milliseconds that 2048 steps took with 1, 2, … blocks on each multiprocessor of an H200, measured as in
+# benchmarks/gpu_plans.py, for each number K of states a lane: many cost less, few spread a small problem wider.
 FORWARD = {4: (0.149, 0.179, 0.216, 0.268), 8: (0.241, 0.294, 0.373, 0.469), 2: (0.091, 0.107, 0.13, 0.159)}
 FORWARD_WIDE = {16: (0.305, 0.411, 0.566, 0.738), 8: (0.249, 0.295, 0.349, 0.437, 0.542, 0.672)}  # d_state over 32
 # Backward, for (threads of a block, KEEP).
