@@ -38,7 +38,7 @@ def backward(layout, arguments):
 def row(report, table, key, times, n, layout, measure):
     multiprocessors, found = report.card["gpu"]["multiprocessors"], []
     for count in range(1, len(times) + 1):
-        values = inputs(count, multiprocessors * layout["CB"], 2048, n, strided=True)
+        values = inputs(count, multiprocessors * layout["CB"], 2048, n, strided=True, rank=64)
         found.append(round(median(measure(layout, [values[name] for name in NAMES])) * 1e3, 3))
     report.add(f"{table} {key}", f"{found}  (in use: {list(times)})", ms=found, in_use=list(times), layout=layout)
 

@@ -31,11 +31,12 @@ QUICK = list(EARLIER)[:2]
 TARGET = 0.40  # of mamba-ssm's time
 
 
-def inputs(b, d, t, n, strided):
+def inputs(b, d, t, n, strided, rank=None):
     """As a layer has them. strided: x and z are halves of one tensor, B and C slices of another, as in the mixer."""
+    rank = rank or d // 32
     kw = {"device": "cuda", "dtype": torch.bfloat16}
     x, z = torch.randn(b, t, 2 * d, **kw).chunk(2, -1)
-    _, B, C = torch.randn(b, t, d // 32 + 2 * n, **kw).split([d // 32, n, n], -1)
+    _, B, C = torch.randn(b, t, rank + 2 * n, **kw).split([rank, n, n], -1)
     if not strided:
         x, z, B, C = (v.contiguous() for v in (x, z, B, C))
     steps = torch.exp(torch.rand(d, device="cuda") * math.log(100) + math.log(1e-3))  # 0.001 … 0.1
