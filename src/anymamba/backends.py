@@ -82,8 +82,10 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         missing = _missing_numba()
         return ("numba", "CPU kernels compiled by Numba") if missing is None else ("reference", missing)
     no_cuda = None
-    if op == "selective_scan" and device == "cuda" and (no_cuda := _missing_cuda(device)) is None:
+    if op in ("selective_scan", "decode") and device == "cuda" and (no_cuda := _missing_cuda(device)) is None:
         return "cuda", "CUDA C++ kernels compiled by NVRTC"
+    if op == "decode":
+        return "reference", f"the model's own forward pass: {no_cuda or f'there are no kernels for {device}'}"
     if (missing := _missing_triton(device)) is not None:
         return "reference", missing
     return "triton", "GPU kernels compiled by Triton" + (f"; not CUDA C++: {no_cuda}" if no_cuda else "")

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
 from anymamba.generate.checks import check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.decode import Decoder
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Row, Rules, read
 from anymamba.generate.sampling import choose_each, row_generators
@@ -82,7 +83,7 @@ class Engine:
         self._changed = threading.Condition()  # held for what other threads see, never while the model works
         self._waiting: deque[_Job] = deque()
         self._reading: list[_Job] = []
-        self._batch = _Batch()
+        self._batch, self._decoder = _Batch(), Decoder(model)
         self._counts: Counter[str] = Counter()
         self._runs, self._closed = 0, False
 
@@ -165,7 +166,7 @@ class Engine:
             self._decode()
             with self._changed:
                 if not self._batch.going():
-                    self._batch = _Batch()  # an idle engine holds no states
+                    self._batch, self._decoder = _Batch(), Decoder(self._model)  # an idle engine holds no states
                 self._changed.notify_all()
                 return self._busy()
 
@@ -232,7 +233,7 @@ class Engine:
             if not batch.rows:
                 return
             ids, events = self._write(batch)
-            batch.logits, batch.state = read(self._model, ids[:, None], batch.state)
+            batch.logits, batch.state = self._decoder.step(ids, batch.state)
             ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
             completions = [row.completion(batch.state.select([i])) for i, row in ended]
         except BaseException as error:  # of an interrupt, too: rows may have a token that was not read

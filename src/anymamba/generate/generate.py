@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.generate.checks import check_beams, check_rules, checked_prompts, require_positive
+from anymamba.generate.decode import Decoder
 from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.read import read_batch
 from anymamba.generate.rows import Completion, Row, Rules, TokenEvent, read
@@ -104,6 +105,7 @@ def stream(
 def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
     """Every token of every row. A prompt is read once for all its rows; a row leaves the batch when it ends."""
     logits, state = _prefill(model, prompts, start)
+    decoder = Decoder(model)
     rows = [Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
     going = [row.prompt_index for row in rows]
     while rows:
@@ -114,7 +116,7 @@ def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
         events = [row.push(*new) for row, *new in zip(rows, ids.tolist(), logprobs, strict=True)]
         yield from (event for row, event in zip(rows, events, strict=True) if not row.finish_reason)
-        logits, state = read(model, ids[:, None], state)  # rows that end read their last token, too
+        logits, state = decoder.step(ids, state)  # rows that end read their last token, too
         for i, row in enumerate(rows):
             if row.finish_reason:
                 yield replace(events[i], completion=row.completion(state.select([i])))
