@@ -24,8 +24,8 @@ class Decoder:
     """Decodes with one model. Not for several threads at a time.
 
     model: a MambaLM; anything else that is called and answers like one is just called.
-    state_dtype: in what the SSM states are kept between tokens. Below float32 saves memory and, for large batches, time;
-        what it costs is in docs/inference.md. The recurrence itself always runs in float32.
+    state_dtype: in what the SSM states are kept between tokens. Below float32 saves memory and, for large batches,
+        time; what it costs is in docs/inference.md. The recurrence itself always runs in float32.
 
     It has looked at the model's parameters when a step begins a batch of another size; parameters that change in place
     are seen only from then on.

@@ -247,20 +247,22 @@ class Kernel:
         # The function of this context: loaded now, where the kernel would be at a launch, which may be captured.
         self._function = _check(driver.cuKernelGetFunction(kernel), f"loading {name}")
         self._launch, attribute = driver.cuLaunchKernel, driver.CUfunction_attribute
+        self._overlaps = int(_arch(index)[3:]) >= 90
         self.registers = self._attribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS)
         self.local_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
         self.shared_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
 
-    def launch(self, grid, block, shared, args):
+    def launch(self, grid, block, shared, args, overlap=False):
         """Launch on the device's current torch stream.
 
         `grid`: 3 integers. `block`: threads. `shared`: bytes of dynamic shared memory. `args`: the kernel's parameters
-        as integers, always as many. Raises RuntimeError with the driver's error.
+        as integers, always as many. `overlap`: it may start, where the GPU can, once every block of the kernel before
+        it lets it (griddepcontrol), and waits by itself. Raises RuntimeError with the driver's error.
         """
         index = self.index
         if torch.cuda.current_device() != index:
             with torch.cuda.device(index):
-                return self.launch(grid, block, shared, args)
+                return self.launch(grid, block, shared, args, overlap)
         if shared > self._shared:
             self._allow(shared)
         try:
@@ -270,6 +272,8 @@ class Kernel:
         values[:] = args
         # what torch.cuda.current_stream(index).cuda_stream is, without making a stream object for it
         stream = torch._C._cuda_getCurrentRawStream(index)
+        if overlap and self._overlaps:
+            return self._launch_early(grid, block, shared, stream, pointers)
         call = self._function, *grid, block, 1, 1, shared, stream, pointers, 0
         (status,) = self._launch(*call)
         if status == 0:
@@ -278,6 +282,18 @@ class Kernel:
             _make_context_current(index)
             (status,) = self._launch(*call)
         _check((status,), f"launching {self.name}: grid {grid}, {block} threads, {shared} bytes of shared memory")
+
+    def _launch_early(self, grid, block, shared, stream, pointers):
+        from cuda.bindings import driver
+
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes, config.hStream, config.attrs, config.numAttrs = shared, stream, [early], 1
+        _check(driver.cuLaunchKernelEx(config, self._function, pointers, 0), f"launching {self.name}: grid {grid}")
 
     def _parameters(self, count):
         # An array of values and one of their addresses for every thread: the driver's call lets other threads run.

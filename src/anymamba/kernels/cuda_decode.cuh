@@ -1,0 +1,49 @@
+// What the decoding kernels share. Every parameter of a kernel is 8 bytes wide; macros come from cuda_decode.py.
+//
+// Axes: b rows of the batch, m d_model, d d_inner, n d_state, r dt_rank, w d_conv.
+//
+// A kernel may start while the one before it still runs (programmatic dependent launch): it lets the next one start,
+// brings what no kernel writes, the weights, and only then waits for the one before.
+
+typedef long long i64;
+typedef unsigned short b16;  // a bfloat16
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float wide(b16 v) { return __uint_as_float((unsigned)v << 16); }
+__device__ __forceinline__ b16 narrow(float v) { b16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float rounded(float v) { return wide(narrow(v)); }
+
+__device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float silu(float v) { return v * rcp(1.f + ex2(-1.44269504f * v)); }
+__device__ __forceinline__ float softplus(float v) { return v > 20.f ? v : log1pf(expf(v)); }
+
+// c (16 × 8) += a (16 × 16) b (16 × 8)
+__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The causal convolution of one channel: its last TAPS - 1 inputs take q in; the activated output.
+__device__ __forceinline__ float convolve(b16* last, const b16* weight, const b16* bias, i64 channel, b16 q) {
+    float y = bias ? wide(bias[channel]) : 0.f;
+    b16 inputs[TAPS];
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++) inputs[k] = last[k];
+    inputs[TAPS - 1] = q;
+#pragma unroll
+    for (int k = 0; k < TAPS; k++) y = fmaf(wide(weight[channel * TAPS + k]), wide(inputs[k]), y);
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; k++) last[k] = inputs[k + 1];
+    return silu(y);
+}

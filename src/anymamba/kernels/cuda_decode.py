@@ -1,0 +1,163 @@
+"""A token through a whole model on an NVIDIA GPU: `cuda_decode*.cu`, compiled by NVRTC, for bfloat16 weights.
+
+Up to FEW rows a block is four kernels: in_proj with norm and convolution; x_proj; dt_proj with scan and gate; out_proj
+with the residual stream. Each starts while the one before it ends. For more rows a library multiplies the large
+matrices, and what is between stands in kernels of its own.
+
+Axes: b rows, m d_model, d d_inner, n d_state, r dt_rank, v padded vocabulary.
+"""
+
+import math
+import struct
+
+import torch
+
+from anymamba.kernels.cuda_launch import load
+
+FEW = 16
+THREADS = 256
+STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
+
+
+def supports(config, dtype: torch.dtype) -> bool:
+    """Whether the kernels decode a model of this config and dtype."""
+    sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 2 == 0
+    return dtype == torch.bfloat16 and sizes and config.d_state in (8, 16, 32, 64, 128) and config.rank <= 512
+
+
+def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
+    """Tiles of 16 MT outputs and 8 NT rows; WARPS that share k, each DEPTH - 1 units of it ahead; units of a slice."""
+    NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
+    units = k // 64
+    if epilogue == PARTS:
+        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "units": 8 if b <= FEW else 16}
+    MT = 1 if b <= 4 else 2
+    return {"MT": MT, "NT": NT, "WARPS": 8, "DEPTH": 5 - MT, "BLOCKS": 2, "units": units}
+
+
+class Step:
+    """Decodes rows whose states are `layers`, in place; every call, with ids (b,), gives logits (b,v) in float32."""
+
+    def __init__(self, blocks, embedding, norm_f, head, config, layers):
+        self.config, self.layers, self.device = config, layers, embedding.device
+        self.b, self.few = len(layers[0].ssm), len(layers[0].ssm) <= FEW
+        self.eps = struct.unpack("<i", struct.pack("<f", config.norm_eps))[0]
+        self.kept = []  # what launches point to
+        m, d, n, r = config.d_model, config.d_inner, config.d_state, config.rank
+        self.stream, self.x = self._empty(m, torch.float32), self._empty(m)
+        self.xz, self.xc, self.y, self.out = self._empty(2 * d), self._empty(d), self._empty(d), self._empty(m)
+        self.squares = self._empty(m // 16, torch.float32)
+        self.logits = self._empty(len(head), torch.float32)
+        self.parts = torch.empty(math.ceil(d / 512), self.b, r + 2 * n, device=self.device)
+        norms = [block.norm for block in blocks] + [norm_f]
+        self.embedding, self.first = self._at(embedding), self._at(norms[0])
+        self.calls, self.norm_parts = [], 0
+        for block, state, norm in zip(blocks, layers, norms[1:], strict=True):
+            (self._few if self.few else self._many)(block, state, norm)
+        self._head(head)
+
+    def __call__(self, ids):
+        # the first does not overlap what came before it
+        self._residual_norm(ids.data_ptr(), self.embedding, self.first, overlap=False)
+        for call in self.calls:
+            call()
+        return self.logits
+
+    # ---- the parts of a step ----
+
+    def _few(self, block, state, next_norm):
+        c, conv = self.config, self._conv(block, state)
+        self._product(IN, block.in_proj, self.x, block.in_bias, self.xz, (self.xc.data_ptr(), *conv))
+        self._scan(block, state)
+        self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream,
+                      (self.x.data_ptr(), 0, self._at(next_norm), 0))  # fmt: skip
+        self.norm_parts = c.d_model // self._grain
+
+    def _many(self, block, state, next_norm):
+        c, d = self.config, self.config.d_inner
+        self.calls.append(lambda: _multiply(self.x, block.in_proj, block.in_bias, self.xz))
+        kernel = self._kernel("step", "convolution", TAPS=c.d_conv, **self._sizes())
+        args = (self.xz.data_ptr(), self.b, d, *self._conv(block, state), self.xc.data_ptr())
+        grid = (math.ceil(self.b * d / THREADS), 1, 1)
+        self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
+        self._scan(block, state)
+        self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
+        weight = self._at(next_norm)
+        self.calls.append(lambda: self._residual_norm(0, self.out.data_ptr(), weight))
+
+    def _conv(self, block, state):
+        return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
+
+    def _scan(self, block, state):
+        c = self.config
+        slices = self._product(PARTS, block.x_proj, self.xc, None, self.parts, (0, 0, 0, 0))
+        sizes = self._sizes()
+        kernel = self._kernel("step", "scan_step", TAPS=c.d_conv, **sizes)
+        args = (self.parts.data_ptr(), slices, self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
+                *map(self._at, (block.dt_proj, block.dt_bias.float(), block.A_log.float(), block.D.float(), state.ssm)),
+                self.y.data_ptr())  # fmt: skip
+        grid = (math.ceil(c.d_inner / (THREADS * 4 // c.d_state)), math.ceil(self.b / sizes["ROWS"]), 1)
+        self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
+
+    def _sizes(self):
+        state = STATES[self.layers[0].ssm.dtype]
+        return {"STATE": state, "N": self.config.d_state, "RANK": self.config.rank, "ROWS": 8 if self.b <= 8 else 16}
+
+    def _head(self, head):
+        vocab = self.config.vocab_size
+        if self.few:
+            self._product(LOGITS, head, self.x, None, self.logits, (0, 0, 0, 0, vocab))
+            return
+        rough = self._empty(len(head))
+
+        def multiply():
+            _multiply(self.x, head, None, rough)
+            self.logits.copy_(rough)
+            self.logits[:, vocab:] = -math.inf
+
+        self.calls.append(multiply)
+
+    def _product(self, epilogue, matrix, x, bias, out, rest):
+        (outputs, k), b = matrix.shape, self.b
+        plan = product_plan(outputs, k, b, epilogue)
+        units = plan.pop("units")
+        self._grain = min(32, 16 * plan["MT"])
+        rows, columns, warps = 16 * plan["MT"], 8 * plan["NT"], plan["WARPS"]
+        shared = warps * rows * max(plan["DEPTH"] * 128, 4 * (columns + 1))
+        slices = math.ceil(k // 64 / units)
+        kernel = self._kernel("product", "product", EPILOGUE=epilogue, TAPS=self.config.d_conv, **plan)
+        args = (self._at(matrix), x.data_ptr(), outputs, k, b, units, self._at(bias), self.squares.data_ptr(),
+                self.norm_parts, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
+        grid = (math.ceil(outputs / rows), slices, math.ceil(b / columns))
+        self.calls.append(lambda: kernel.launch(grid, 32 * warps, shared, args, overlap=True))
+        return slices
+
+    def _residual_norm(self, ids, add, weight, overlap=True):
+        kernel = self._kernel("step", "residual_norm", TAPS=self.config.d_conv, **self._sizes())
+        args = (ids, add, self.config.d_model, self.eps, weight, self.stream.data_ptr(), self.x.data_ptr())
+        kernel.launch((self.b, 1, 1), THREADS, 0, args, overlap=overlap)
+
+    # ---- memory and kernels ----
+
+    def _empty(self, columns, dtype=torch.bfloat16):
+        return torch.empty(self.b, columns, dtype=dtype, device=self.device)
+
+    def _at(self, v):
+        """Address of a dense tensor that is kept, 0 for None."""
+        if v is None:
+            return 0
+        v = v.detach()
+        v = v if v.is_contiguous() and v.data_ptr() % 16 == 0 else v.clone(memory_format=torch.contiguous_format)
+        self.kept.append(v)
+        return v.data_ptr()
+
+    def _kernel(self, file, name, **defines):
+        return load(f"cuda_decode_{file}.cu", name, tuple(sorted(defines.items())), self.device)
+
+
+def _multiply(x, matrix, bias, out):
+    if bias is None:
+        torch.mm(x, matrix.T, out=out)
+    else:
+        torch.addmm(bias, x, matrix.T, out=out)
