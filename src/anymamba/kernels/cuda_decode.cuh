@@ -3,7 +3,7 @@
 // Axes: b rows of the batch, m d_model, d d_inner, n d_state, r dt_rank, w d_conv.
 //
 // A kernel may start while the one before it still runs (programmatic dependent launch): it lets the next one start,
-// brings what no kernel writes, the weights, and only then waits for the one before.
+// brings what no kernel of this token writes before it (weights, states), and only then waits for the one before.
 
 typedef long long i64;
 typedef unsigned short b16;  // a bfloat16
@@ -34,16 +34,27 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The causal convolution of one channel: its last TAPS - 1 inputs take q in; the activated output.
-__device__ __forceinline__ float convolve(b16* last, const b16* weight, const b16* bias, i64 channel, b16 q) {
-    float y = bias ? wide(bias[channel]) : 0.f;
-    b16 inputs[TAPS];
+// The causal convolution of one channel of one row: its last TAPS - 1 inputs, and the weights.
+struct Convolution {
+    b16 last[TAPS], weight[TAPS];
+    float bias;
+
+    __device__ __forceinline__ void load(const b16* state, const b16* weights, const b16* biases, i64 channel) {
+        bias = biases ? wide(biases[channel]) : 0.f;
 #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) inputs[k] = last[k];
-    inputs[TAPS - 1] = q;
+        for (int k = 0; k < TAPS - 1; k++) last[k] = state[k];
 #pragma unroll
-    for (int k = 0; k < TAPS; k++) y = fmaf(wide(weight[channel * TAPS + k]), wide(inputs[k]), y);
+        for (int k = 0; k < TAPS; k++) weight[k] = weights[channel * TAPS + k];
+    }
+
+    // takes q in; the activated output
+    __device__ __forceinline__ float step(b16* state, b16 q) {
+        float y = bias;
+        last[TAPS - 1] = q;
 #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) last[k] = inputs[k + 1];
-    return silu(y);
-}
+        for (int k = 0; k < TAPS; k++) y = fmaf(wide(weight[k]), wide(last[k]), y);
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++) state[k] = last[k + 1];
+        return silu(y);
+    }
+};

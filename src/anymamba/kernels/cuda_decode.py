@@ -22,7 +22,7 @@ PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
 def supports(config, dtype: torch.dtype) -> bool:
     """Whether the kernels decode a model of this config and dtype."""
-    sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 2 == 0
+    sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 4 == 0
     return dtype == torch.bfloat16 and sizes and config.d_state in (8, 16, 32, 64, 128) and config.rank <= 512
 
 
@@ -31,9 +31,15 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
     units = k // 64
     if epilogue == PARTS:
-        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "units": 8 if b <= FEW else 16}
-    MT = 1 if b <= 4 else 2
-    return {"MT": MT, "NT": NT, "WARPS": 8, "DEPTH": 5 - MT, "BLOCKS": 2, "units": units}
+        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "PREFETCH": 0, "units": 8 if b <= 4 else 16}
+    MT = 1 if b <= 4 else 2 if b <= 16 else 4
+    few = {"BLOCKS": 2 if b <= 16 else 1, "PREFETCH": int(epilogue == OUT), "units": units}
+    return {"MT": MT, "NT": NT, "WARPS": 8, "DEPTH": 5 - MT if MT < 4 else 3, **few}
+
+
+def ways(b: int, m: int) -> tuple[str, str]:
+    """How [x; z] and what is added to the stream are computed: "fused", "split" or by a "library"."""
+    return ("fused" if b <= FEW else "library"), ("fused" if b <= FEW else "library")
 
 
 class Step:
@@ -41,7 +47,7 @@ class Step:
 
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         self.config, self.layers, self.device = config, layers, embedding.device
-        self.b, self.few = len(layers[0].ssm), len(layers[0].ssm) <= FEW
+        self.b = len(layers[0].ssm)
         self.eps = struct.unpack("<i", struct.pack("<f", config.norm_eps))[0]
         self.kept = []  # what launches point to
         m, d, n, r = config.d_model, config.d_inner, config.d_state, config.rank
@@ -49,64 +55,69 @@ class Step:
         self.xz, self.xc, self.y, self.out = self._empty(2 * d), self._empty(d), self._empty(d), self._empty(m)
         self.squares = self._empty(m // 16, torch.float32)
         self.logits = self._empty(len(head), torch.float32)
-        self.parts = torch.empty(math.ceil(d / 512), self.b, r + 2 * n, device=self.device)
+        self.slices = math.ceil(d // 64 / product_plan(r + 2 * n, d, self.b, PARTS)["units"])
+        self.parts = torch.empty(self.slices, self.b, r + 2 * n, device=self.device)
         norms = [block.norm for block in blocks] + [norm_f]
         self.embedding, self.first = self._at(embedding), self._at(norms[0])
-        self.calls, self.norm_parts = [], 0
+        self.calls, self.shares = [], 0  # shares: of the sum of squares that the next norm has to add
+        by_in, by_out = ways(self.b, m)
         for block, state, norm in zip(blocks, layers, norms[1:], strict=True):
-            (self._few if self.few else self._many)(block, state, norm)
+            getattr(self, f"_in_{by_in}")(block, state)
+            self._scan(block, state)
+            getattr(self, f"_out_{by_out}")(block, norm)
         self._head(head)
 
     def __call__(self, ids):
         # the first does not overlap what came before it
-        self._residual_norm(ids.data_ptr(), self.embedding, self.first, overlap=False)
+        self._residual_norm(self.first, ids=ids.data_ptr(), add=self.embedding, overlap=False)
         for call in self.calls:
             call()
         return self.logits
 
     # ---- the parts of a step ----
 
-    def _few(self, block, state, next_norm):
-        c, conv = self.config, self._conv(block, state)
-        self._product(IN, block.in_proj, self.x, block.in_bias, self.xz, (self.xc.data_ptr(), *conv))
-        self._scan(block, state)
-        self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream,
-                      (self.x.data_ptr(), 0, self._at(next_norm), 0))  # fmt: skip
-        self.norm_parts = c.d_model // self._grain
+    def _in_fused(self, block, state):
+        rest = (self.xc.data_ptr(), *self._conv(block, state))
+        self._product(IN, block.in_proj, self.x, block.in_bias, self.xz, rest)
 
-    def _many(self, block, state, next_norm):
-        c, d = self.config, self.config.d_inner
+    def _in_library(self, block, state):
         self.calls.append(lambda: _multiply(self.x, block.in_proj, block.in_bias, self.xz))
-        kernel = self._kernel("step", "convolution", TAPS=c.d_conv, **self._sizes())
+        kernel, d = self._step_kernel("convolution"), self.config.d_inner
         args = (self.xz.data_ptr(), self.b, d, *self._conv(block, state), self.xc.data_ptr())
         grid = (math.ceil(self.b * d / THREADS), 1, 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
-        self._scan(block, state)
-        self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
-        weight = self._at(next_norm)
-        self.calls.append(lambda: self._residual_norm(0, self.out.data_ptr(), weight))
-
-    def _conv(self, block, state):
-        return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
     def _scan(self, block, state):
-        c = self.config
-        slices = self._product(PARTS, block.x_proj, self.xc, None, self.parts, (0, 0, 0, 0))
-        sizes = self._sizes()
-        kernel = self._kernel("step", "scan_step", TAPS=c.d_conv, **sizes)
-        args = (self.parts.data_ptr(), slices, self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
+        c, slices = self.config, self._product(PARTS, block.x_proj, self.xc, None, self.parts)
+        assert slices == self.slices
+        kernel = self._step_kernel("scan_step")
+        args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), block.A_log.float(), block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
-        grid = (math.ceil(c.d_inner / (THREADS * 4 // c.d_state)), math.ceil(self.b / sizes["ROWS"]), 1)
+        grid = (math.ceil(c.d_inner / (THREADS * 4 // c.d_state)), math.ceil(self.b / self._rows()), 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
 
-    def _sizes(self):
-        state = STATES[self.layers[0].ssm.dtype]
-        return {"STATE": state, "N": self.config.d_state, "RANK": self.config.rank, "ROWS": 8 if self.b <= 8 else 16}
+    def _out_fused(self, block, next_norm):
+        rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
+        self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream, rest)
+        self.shares = self.config.d_model // self.grain
+
+    def _out_split(self, block, next_norm):
+        m, k = block.out_proj.shape
+        units = max(8, k // 64 * math.ceil(m / 64) // 160)
+        parts = self._kept(torch.empty(math.ceil(k // 64 / units), self.b, m, device=self.device))
+        slices = self._product(PARTS, block.out_proj, self.y, None, parts, units=units, MT=4, BLOCKS=1)
+        bias, weight = self._at(block.out_bias), self._at(next_norm)
+        self.calls.append(lambda: self._residual_norm(weight, parts=parts.data_ptr(), slices=slices, bias=bias))
+
+    def _out_library(self, block, next_norm):
+        self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
+        weight = self._at(next_norm)
+        self.calls.append(lambda: self._residual_norm(weight, add=self.out.data_ptr()))
 
     def _head(self, head):
         vocab = self.config.vocab_size
-        if self.few:
+        if ways(self.b, self.config.d_model)[0] == "fused":
             self._product(LOGITS, head, self.x, None, self.logits, (0, 0, 0, 0, vocab))
             return
         rough = self._empty(len(head))
@@ -118,25 +129,38 @@ class Step:
 
         self.calls.append(multiply)
 
-    def _product(self, epilogue, matrix, x, bias, out, rest):
+    # ---- launches ----
+
+    def _product(self, epilogue, matrix, x, bias, out, rest=(), **forced):
         (outputs, k), b = matrix.shape, self.b
-        plan = product_plan(outputs, k, b, epilogue)
+        plan = product_plan(outputs, k, b, epilogue) | forced
         units = plan.pop("units")
-        self._grain = min(32, 16 * plan["MT"])
+        self.grain = min(32, 16 * plan["MT"])
         rows, columns, warps = 16 * plan["MT"], 8 * plan["NT"], plan["WARPS"]
         shared = warps * rows * max(plan["DEPTH"] * 128, 4 * (columns + 1))
         slices = math.ceil(k // 64 / units)
         kernel = self._kernel("product", "product", EPILOGUE=epilogue, TAPS=self.config.d_conv, **plan)
         args = (self._at(matrix), x.data_ptr(), outputs, k, b, units, self._at(bias), self.squares.data_ptr(),
-                self.norm_parts, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
+                self.shares, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
         grid = (math.ceil(outputs / rows), slices, math.ceil(b / columns))
         self.calls.append(lambda: kernel.launch(grid, 32 * warps, shared, args, overlap=True))
         return slices
 
-    def _residual_norm(self, ids, add, weight, overlap=True):
-        kernel = self._kernel("step", "residual_norm", TAPS=self.config.d_conv, **self._sizes())
-        args = (ids, add, self.config.d_model, self.eps, weight, self.stream.data_ptr(), self.x.data_ptr())
+    def _residual_norm(self, weight, ids=0, add=0, parts=0, slices=0, bias=0, overlap=True):
+        kernel, m = self._step_kernel("residual_norm"), self.config.d_model
+        args = (ids, add, parts, slices, self.b, m, self.eps, bias, weight, self.stream.data_ptr(), self.x.data_ptr())
         kernel.launch((self.b, 1, 1), THREADS, 0, args, overlap=overlap)
+
+    def _conv(self, block, state):
+        return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
+
+    def _rows(self):
+        return 8 if self.b <= 16 else 16
+
+    def _step_kernel(self, name):
+        c, state = self.config, STATES[self.layers[0].ssm.dtype]
+        sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
+        return self._kernel("step", name, ROWS=self._rows(), SLICES=self.slices, **sizes)
 
     # ---- memory and kernels ----
 
@@ -149,8 +173,11 @@ class Step:
             return 0
         v = v.detach()
         v = v if v.is_contiguous() and v.data_ptr() % 16 == 0 else v.clone(memory_format=torch.contiguous_format)
+        return self._kept(v).data_ptr()
+
+    def _kept(self, v):
         self.kept.append(v)
-        return v.data_ptr()
+        return v
 
     def _kernel(self, file, name, **defines):
         return load(f"cuda_decode_{file}.cu", name, tuple(sorted(defines.items())), self.device)

@@ -263,7 +263,7 @@ class Kernel:
         if torch.cuda.current_device() != index:
             with torch.cuda.device(index):
                 return self.launch(grid, block, shared, args, overlap)
-        if shared > self._shared:
+        if shared + self.shared_bytes > self._shared:
             self._allow(shared)
         try:
             values, pointers = self._local.parameters
@@ -316,7 +316,7 @@ class Kernel:
         doing = f"{shared} bytes of shared memory for {self.name}"
         _make_context_current(self.index)  # a thread that has not used CUDA yet has none
         _check(driver.cuFuncSetAttribute(self._function, attribute, shared), doing)
-        self._shared = shared
+        self._shared = shared + self.shared_bytes
 
 
 def _make_context_current(index):
