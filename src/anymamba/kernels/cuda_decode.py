@@ -31,10 +31,9 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
     units = k // 64
     if epilogue == PARTS:
-        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "PREFETCH": 0, "units": 8 if b <= 4 else 16}
+        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "units": 8 if b <= 4 else 16}
     MT = 1 if b <= 4 else 2 if b <= 16 else 4
-    few = {"BLOCKS": 2 if b <= 16 else 1, "PREFETCH": int(epilogue == OUT), "units": units}
-    return {"MT": MT, "NT": NT, "WARPS": 8, "DEPTH": 5 - MT if MT < 4 else 3, **few}
+    return {"MT": MT, "NT": NT, "WARPS": 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
 
 
 def ways(b: int, m: int) -> tuple[str, str]:
@@ -94,8 +93,11 @@ class Step:
         args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), block.A_log.float(), block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
-        grid = (math.ceil(c.d_inner / (THREADS * 4 // c.d_state)), math.ceil(self.b / self._rows()), 1)
-        self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
+        rows, channels, pitch = self._rows(), THREADS * 4 // c.d_state, -(-c.rank // 16) * 16 + 8
+        shared = rows * THREADS * 4 * state.ssm.element_size() + 2 * (channels * pitch + rows * (pitch + 2 * channels))
+        shared += 4 * rows * (2 * c.d_state + channels + 1)
+        grid = (math.ceil(c.d_inner / channels), math.ceil(self.b / rows), 1)
+        self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
 
     def _out_fused(self, block, next_norm):
         rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
@@ -137,7 +139,7 @@ class Step:
         units = plan.pop("units")
         self.grain = min(32, 16 * plan["MT"])
         rows, columns, warps = 16 * plan["MT"], 8 * plan["NT"], plan["WARPS"]
-        shared = warps * rows * max(plan["DEPTH"] * 128, 4 * (columns + 1))
+        shared = warps * max(plan["DEPTH"] * (rows + columns) * 128, rows * (columns + 1) * 4)
         slices = math.ceil(k // 64 / units)
         kernel = self._kernel("product", "product", EPILOGUE=epilogue, TAPS=self.config.d_conv, **plan)
         args = (self._at(matrix), x.data_ptr(), outputs, k, b, units, self._at(bias), self.squares.data_ptr(),
@@ -183,6 +185,7 @@ class Step:
         return load(f"cuda_decode_{file}.cu", name, tuple(sorted(defines.items())), self.device)
 
 
+@torch.no_grad()
 def _multiply(x, matrix, bias, out):
     if bias is None:
         torch.mm(x, matrix.T, out=out)

@@ -1,8 +1,8 @@
 // A few rows times a matrix (outputs,k), which is read once, as fast as memory gives it.
 //
 // A block has ROWS = 16 MT outputs (rows of the matrix) and COLS = 8 NT rows of x, padded. Its warps share k in units of
-// 64: each copies its own units of the matrix to its own ring of DEPTH places in shared memory, well ahead, the first
-// before x is even there, and multiplies in the tensor cores; in the end the warps' sums are added.
+// 64: each copies its own units of both to its own ring of DEPTH places in shared memory, well ahead, the matrix before x
+// is even there, and multiplies in the tensor cores; in the end the warps' sums are added.
 //
 // EPILOGUE 0: sums as they are, (slice,b,outputs): the grid's second axis cuts k into slices.
 //          1: [x; z] of a block: scaled by the norm of the row, x convolved.
@@ -15,48 +15,47 @@
 #define THREADS (32 * WARPS)
 #define GRAIN (ROWS < 32 ? ROWS : 32)  // outputs whose squares are summed together
 #define EACH ((ROWS * COLS + THREADS - 1) / THREADS)
-#define EARLY (EACH <= 2)              // whether registers hold what the epilogue needs from the start,
-#define AHEAD (NT <= 2)                // and x of the next unit
+#define EARLY (EACH <= 2)              // whether registers hold what the epilogue needs from the start
+#define PLACE ((ROWS + COLS) * 64)     // elements of a place in the ring
 #define NORMED (EPILOGUE == 1 || EPILOGUE == 3)
 
 struct Operands { const b16 *matrix, *x; i64 outputs, k, b, units; };
 
-// x of half a unit as the tensor cores want it: a lane holds 8 neighbours of k, of which an instruction takes 4, and the
-// same of the matrix
-__device__ __forceinline__ void load_x(uint4 (&v)[NT], const Operands& p, int column, int unit, int half) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < NT; i++) {
-        const int c = column + 8 * i + g;
-        v[i] = c < p.b ? *(const uint4*)(p.x + c * p.k + unit * 64 + half * 32 + t * 8) : make_uint4(0, 0, 0, 0);
-    }
-}
-
 // rows of 128 bytes; every other one has its halves exchanged, so that reads hit all banks
 __device__ __forceinline__ int place(int row, int chunk) { return row * 64 + (chunk ^ (row % 2 * 4)) * 8; }
 
-__device__ __forceinline__ void fetch(b16* to, const Operands& p, i64 row, int unit) {
+// COUNT rows of a unit, in the background; those from `end` on become 0
+template <int COUNT> __device__ __forceinline__ void fetch(b16* to, const b16* from, i64 row, i64 end, i64 k, int unit) {
     const int lane = threadIdx.x % 32, chunk = lane % 8;
 #pragma unroll
-    for (int i = 0; i < ROWS / 4; i++) {
+    for (int i = 0; i < COUNT / 4; i++) {
         const int r = lane / 8 + 4 * i;
-        const bool inside = row + r < p.outputs;
-        const b16* from = p.matrix + (row + (inside ? r : 0)) * p.k + unit * 64 + chunk * 8;
+        const bool inside = row + r < end;
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                     :: "r"((unsigned)__cvta_generic_to_shared(to + place(r, chunk))), "l"(from), "r"(inside ? 16 : 0) : "memory");
+                     :: "r"((unsigned)__cvta_generic_to_shared(to + place(r, chunk))),
+                        "l"(from + (row + (inside ? r : 0)) * k + unit * 64 + chunk * 8), "r"(inside ? 16 : 0) : "memory");
     }
 }
 
-__device__ __forceinline__ void multiply(float (&sum)[MT][NT][4], const b16* tile, const uint4 (&x)[NT], int half) {
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// A lane holds 8 neighbours of k, of which an instruction takes 4: the order is the same for matrix and x.
+__device__ __forceinline__ void multiply(float (&sum)[MT][NT][4], const b16* tile) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int j = 0; j < MT; j++) {
-        const uint4 low = *(const uint4*)(tile + place(16 * j + g, 4 * half + t));
-        const uint4 high = *(const uint4*)(tile + place(16 * j + g + 8, 4 * half + t));
+    for (int half = 0; half < 2; half++) {
+        uint4 x[NT];
 #pragma unroll
-        for (int i = 0; i < NT; i++) {
-            mma(sum[j][i], low.x, high.x, low.y, high.y, x[i].x, x[i].y);
-            mma(sum[j][i], low.z, high.z, low.w, high.w, x[i].z, x[i].w);
+        for (int i = 0; i < NT; i++) x[i] = *(const uint4*)(tile + place(ROWS + 8 * i + g, 4 * half + t));
+#pragma unroll
+        for (int j = 0; j < MT; j++) {
+            const uint4 low = *(const uint4*)(tile + place(16 * j + g, 4 * half + t));
+            const uint4 high = *(const uint4*)(tile + place(16 * j + g + 8, 4 * half + t));
+#pragma unroll
+            for (int i = 0; i < NT; i++) {
+                mma(sum[j][i], low.x, high.x, low.y, high.y, x[i].x, x[i].y);
+                mma(sum[j][i], low.z, high.z, low.w, high.w, x[i].z, x[i].w);
+            }
         }
     }
 }
@@ -67,53 +66,41 @@ struct Walk {
     const Operands& p;
     b16* ring;
     i64 row;
-    int column, first, last, warp;
+    int column, first, last;
 
     __device__ __forceinline__ Walk(const Operands& operands, char* memory) : p(operands) {
-        warp = threadIdx.x / 32;
         row = blockIdx.x * (i64)ROWS;
         column = blockIdx.z * COLS;
-        first = blockIdx.y * (int)p.units + warp;
+        first = blockIdx.y * (int)p.units + threadIdx.x / 32;
         last = min((int)((blockIdx.y + 1) * p.units), (int)(p.k / 64));
-        ring = (b16*)memory + warp * DEPTH * ROWS * 64;
+        ring = (b16*)memory + threadIdx.x / 32 * DEPTH * PLACE;
     }
 
-    // what needs no x
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void matrix(int s) {
+        if (first + s * WARPS < last) fetch<ROWS>(ring + s % DEPTH * PLACE, p.matrix, row, p.outputs, p.k, first + s * WARPS);
+    }
+    __device__ __forceinline__ void x(int s) {
+        if (first + s * WARPS < last) fetch<COLS>(ring + s % DEPTH * PLACE + ROWS * 64, p.x, column, p.b, p.k, first + s * WARPS);
+    }
+
+    // the first copies
+    __device__ __forceinline__ void begin_matrix() {
 #pragma unroll
-        for (int s = 0; s < DEPTH - 1; s++) {
-            if (first + s * WARPS < last) fetch(ring + s * ROWS * 64, p, row, first + s * WARPS);
-            asm volatile("cp.async.commit_group;" ::: "memory");
-        }
-#if __CUDA_ARCH__ >= 900
-        if (PREFETCH && threadIdx.x < ROWS && row + threadIdx.x < p.outputs) {  // the rest to the L2 cache
-            const int from = blockIdx.y * (int)p.units + (DEPTH - 1) * WARPS;
-            if (from < last)
-                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                             :: "l"(p.matrix + (row + threadIdx.x) * p.k + from * 64), "r"((last - from) * 128) : "memory");
-        }
-#endif
+        for (int s = 0; s < DEPTH - 1; s++) { matrix(s); commit(); }
+    }
+    __device__ __forceinline__ void begin_x() {
+#pragma unroll
+        for (int s = 0; s < DEPTH - 1; s++) { x(s); commit(); }
     }
 
-    __device__ __forceinline__ void run(float (&sum)[MT][NT][4], uint4 (&x)[2][NT]) {
-        int s = 0;
-        for (int unit = first; unit < last; unit += WARPS, s++) {
-            uint4 next[2][NT];
-            if (!AHEAD) load_x(x[0], p, column, unit, 0);
-            if (AHEAD && unit + WARPS < last) { load_x(next[0], p, column, unit + WARPS, 0); load_x(next[1], p, column, unit + WARPS, 1); }
+    __device__ __forceinline__ void run(float (&sum)[MT][NT][4]) {
+        for (int s = 0; first + s * WARPS < last; s++) {
             asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
             __syncwarp();
-            const int coming = unit + (DEPTH - 1) * WARPS;
-            if (coming < last) fetch(ring + (s + DEPTH - 1) % DEPTH * ROWS * 64, p, row, coming);
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            const b16* tile = ring + s % DEPTH * ROWS * 64;
-            multiply(sum, tile, x[0], 0);
-            if (!AHEAD) load_x(x[1], p, column, unit, 1);
-            multiply(sum, tile, x[1], 1);
-            if (AHEAD) {
-#pragma unroll
-                for (int i = 0; i < NT; i++) { x[0][i] = next[0][i]; x[1][i] = next[1][i]; }
-            }
+            matrix(s + DEPTH - 1);
+            x(s + DEPTH - 1);
+            commit();
+            multiply(sum, ring + s % DEPTH * PLACE);
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
     }
@@ -161,7 +148,7 @@ product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units
     let_next_start();
     const Operands p = {matrix, x_in, outputs, k, b, units};
     Walk walk(p, memory);
-    walk.begin();
+    walk.begin_matrix();
     const i64 d = outputs / 2;
     const bool convolves = EPILOGUE == 1 && walk.row < d;
     Convolution convolution[EARLY ? EACH : 1];
@@ -174,9 +161,8 @@ product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units
             convolution[e].load(state + (at * d + output) * (TAPS - 1), weight, bias, output);
     }
     wait_for_last();
+    walk.begin_x();
     float sum[MT][NT][4] = {};
-    uint4 x[2][NT];
-    if (AHEAD && walk.first < walk.last) { load_x(x[0], p, walk.column, walk.first, 0); load_x(x[1], p, walk.column, walk.first, 1); }
     if (EPILOGUE == 2 && EARLY) {
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
@@ -186,7 +172,7 @@ product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units
         }
     }
     if (NORMED) norms(scale, squares, count, k, __int_as_float((int)eps_bits), walk.column, b);
-    walk.run(sum, x);
+    walk.run(sum);
     __syncthreads();
     put((float*)memory, sum);
     __syncthreads();

@@ -2,11 +2,11 @@
 #include "cuda_decode.cuh"
 
 #if STATE == 0
-typedef float H;
-__device__ __forceinline__ void read_states(float (&h)[4], const H* p) { float4 v = *(const float4*)p; h[0] = v.x; h[1] = v.y; h[2] = v.z; h[3] = v.w; }
-__device__ __forceinline__ void write_states(H* p, const float (&h)[4]) { *(float4*)p = make_float4(h[0], h[1], h[2], h[3]); }
+typedef float4 Four;  // states as they are kept
+__device__ __forceinline__ void widen(float (&h)[4], Four v) { h[0] = v.x; h[1] = v.y; h[2] = v.z; h[3] = v.w; }
+__device__ __forceinline__ Four lower(const float (&h)[4]) { return make_float4(h[0], h[1], h[2], h[3]); }
 #else
-typedef b16 H;
+typedef ushort4 Four;
 __device__ __forceinline__ float widen(b16 v) {
     if (STATE == 1) return wide(v);
     float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v)); return r;
@@ -15,14 +15,14 @@ __device__ __forceinline__ b16 lower(float v) {
     if (STATE == 1) return narrow(v);
     b16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r;
 }
-__device__ __forceinline__ void read_states(float (&h)[4], const H* p) {
-    ushort4 v = *(const ushort4*)p;
-    h[0] = widen(v.x); h[1] = widen(v.y); h[2] = widen(v.z); h[3] = widen(v.w);
-}
-__device__ __forceinline__ void write_states(H* p, const float (&h)[4]) {
-    *(ushort4*)p = make_ushort4(lower(h[0]), lower(h[1]), lower(h[2]), lower(h[3]));
-}
+__device__ __forceinline__ void widen(float (&h)[4], Four v) { h[0] = widen(v.x); h[1] = widen(v.y); h[2] = widen(v.z); h[3] = widen(v.w); }
+__device__ __forceinline__ Four lower(const float (&h)[4]) { return make_ushort4(lower(h[0]), lower(h[1]), lower(h[2]), lower(h[3])); }
 #endif
+
+template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+}
 
 #define THREADS 256
 
@@ -35,7 +35,12 @@ __device__ __forceinline__ void write_states(H* p, const float (&h)[4]) {
 #define DEEP ((RANK + 15) / 16)     // instructions along the rank
 #define WIDTH (RANK + 2 * N)        // of a row of [dt; B; C]
 #define PITCH (DEEP * 16 + 8)       // of a row of dt before its projection: reads hit all banks
-#define GROUP 4                     // rows whose states are on their way together
+
+struct Shared {
+    Four states[ROWS][THREADS];  // each thread's own
+    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
+    float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
+};
 
 // [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH)
 __device__ __forceinline__ void gather(b16 (&raw)[ROWS][PITCH], float (&BC)[ROWS][2 * N], const float* parts, int row, i64 b) {
@@ -65,88 +70,77 @@ template <bool OUT> __device__ __forceinline__ void move(b16 (&tile)[ROWS][CHANN
     }
 }
 
-// y (b,d) of ROWS rows a block. parts (SLICES,b,r+2n): sums that make dt, B and C. xc (b,d), xz (b,2d), state (b,d,n).
+// The step sizes of 16 channels and 8 rows.
+__device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float sum[2][4] = {};  // two chains that do not wait for each other
+#pragma unroll
+    for (int k = 0; k < DEEP; k++) {
+        const b16 *a = &s.weight[tile + g][16 * k + 2 * t], *v = &s.raw[rows + g][16 * k + 2 * t];
+        mma(sum[k % 2], *(const unsigned*)a, *(const unsigned*)(a + 8 * PITCH), *(const unsigned*)(a + 8),
+            *(const unsigned*)(a + 8 * PITCH + 8), *(const unsigned*)v, *(const unsigned*)(v + 8));
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        if (CHANNELS >= 16 || g + e / 2 * 8 < CHANNELS) s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
+}
+
+// y (b,d) of ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d), xz (b,2d), state (b,d,n).
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weight, const float* dt_bias,
-          const float* A_log, const float* D, H* state, b16* y) {
-    __shared__ __align__(16) b16 raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
-    __shared__ __align__(16) float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
+          const float* A_log, const float* D, Four* state, b16* y) {
+    extern __shared__ __align__(16) char memory[];
+    Shared& s = *(Shared*)memory;
     let_next_start();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, tile = 16 * (warp % TILES);
-    unsigned weight[DEEP][4];  // of this warp's 16 channels of the projection
-    float bias[2];
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int channel = first + tile + g + e % 2 * 8;
-        if (e < 2) bias[e] = channel < d ? dt_bias[channel] : 0.f;
-#pragma unroll
-        for (int k = 0; k < DEEP; k++) {
-            const int r = 16 * k + 2 * t + e / 2 * 8;
-            weight[k][e] = channel < d && r < RANK ? *(const unsigned*)(dt_weight + channel * (i64)RANK + r) : 0;
-        }
-    }
-    const int own = threadIdx.x / LANES, j = threadIdx.x % LANES * 4, channel = first + own;
+    const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
+    const int own = threadIdx.x / LANES, lane = threadIdx.x % LANES, channel = first + own;
     const bool real = channel < d;
-    float a[4] = {}, skip = 0, h[GROUP][4] = {};
-    H* states = state + (row * d + channel) * N + j;
+    Four* states = state + ((i64)row * d + channel) * LANES + lane;  // nobody writes them before this kernel does
+    for (int i = 0; i < rows && real; i++) copy<sizeof(Four)>(&s.states[i][threadIdx.x], states + i * d * LANES);
+    for (int i = threadIdx.x; i < CHANNELS * (RANK / 4); i += THREADS) {
+        const int c = i / (RANK / 4), r = i % (RANK / 4) * 4;
+        if (first + c < d) copy<8>(&s.weight[c][r], dt_weight + (first + c) * (i64)RANK + r);
+    }
+    for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
+        const int r = i / (DEEP * 16 - RANK);
+        (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
+    }
+    const int tile = 16 * (warp % TILES), g = threadIdx.x % 32 / 4;
+    float bias[2], a[4] = {}, skip = 0;
+#pragma unroll
+    for (int e = 0; e < 2; e++) bias[e] = first + tile + g + 8 * e < d ? dt_bias[first + tile + g + 8 * e] : 0.f;
     if (real) {
-        const float4 v = *(const float4*)(A_log + channel * (i64)N + j);
+        const float4 v = ((const float4*)A_log)[channel * (i64)LANES + lane];
         a[0] = -1.44269504f * expf(v.x); a[1] = -1.44269504f * expf(v.y); a[2] = -1.44269504f * expf(v.z); a[3] = -1.44269504f * expf(v.w);
         skip = D[channel];
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) if (row + i < b) read_states(h[i], states + i * d * N);  // nobody writes them now
     }
-    for (int i = threadIdx.x; i < ROWS * (PITCH - RANK); i += THREADS) raw[i / (PITCH - RANK)][RANK + i % (PITCH - RANK)] = 0;
     wait_for_last();
-    move<false>(xs, xc + first, d, row, b, (int)d - first);
-    move<false>(zs, xz + d + first, 2 * d, row, b, (int)d - first);
-    gather(raw, BC, parts, row, b);
+    move<false>(s.xs, xc + first, d, row, b, (int)d - first);
+    move<false>(s.zs, xz + d + first, 2 * d, row, b, (int)d - first);
+    gather(s.raw, s.BC, parts, row, b);
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
-    for (int i = warp / TILES; i < ROWS / 8 && warp < SHARES * TILES; i += SHARES) {
-        float sum[4] = {};
+    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
+    __syncthreads();
+#pragma unroll 4
+    for (int i = 0; i < rows; i++) {
+        const float dt = s.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
+        const float4 B = *(const float4*)&s.BC[i][4 * lane], C = *(const float4*)&s.BC[i][N + 4 * lane];
+        const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
+        float h[4], sum = 0;
+        widen(h, s.states[i][threadIdx.x]);
 #pragma unroll
-        for (int k = 0; k < DEEP; k++) {
-            const b16* v = &raw[8 * i + g][16 * k + 2 * t];
-            mma(sum, weight[k][0], weight[k][1], weight[k][2], weight[k][3], *(const unsigned*)v, *(const unsigned*)(v + 8));
+        for (int k = 0; k < 4; k++) {
+            h[k] = fmaf(0.5f * ex2(fmaf(dt, a[k], 1.f)), h[k], u * bs[k]);  // 0.5 ex2(v + 1): see cuda_common.cuh
+            sum = fmaf(cs[k], h[k], sum);
         }
+        if (real) states[i * d * LANES] = lower(h);
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            if (tile + g + e / 2 * 8 < CHANNELS)
-                steps[8 * i + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[e]) + bias[e / 2]);
+        for (int k = 1; k < LANES; k *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
+        if (lane == i % LANES) s.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(s.zs[i][own])));  // all have read xs
     }
     __syncthreads();
-#pragma unroll 1
-    for (int start = 0; start < ROWS && row + start < b; start += GROUP) {
-        float sum[GROUP], ahead[GROUP][4];
-#pragma unroll
-        for (int i = 0; i < GROUP; i++)
-            if (real && start + GROUP + i < ROWS && row + start + GROUP + i < b) read_states(ahead[i], states + (start + GROUP + i) * d * N);
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            const float dt = steps[start + i][own], u = dt * wide(xs[start + i][own]);
-            const float4 B = *(const float4*)&BC[start + i][j], C = *(const float4*)&BC[start + i][N + j];
-            const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
-            sum[i] = 0;
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                h[i][k] = fmaf(0.5f * ex2(fmaf(dt, a[k], 1.f)), h[i][k], u * bs[k]);  // 0.5 ex2(v + 1): see cuda_common.cuh
-                sum[i] = fmaf(cs[k], h[i][k], sum[i]);
-            }
-            if (real && row + start + i < b) write_states(states + (start + i) * d * N, h[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-#pragma unroll
-            for (int k = 1; k < LANES; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
-            if (j == i % LANES * 4)  // all lanes of the channel have read xs by now
-                xs[start + i][own] = narrow(fmaf(skip, wide(xs[start + i][own]), sum[i]) * silu(wide(zs[start + i][own])));
-#pragma unroll
-            for (int k = 0; k < 4; k++) h[i][k] = ahead[i][k];
-        }
-    }
-    __syncthreads();
-    move<true>(xs, y + first, d, row, b, (int)d - first);
+    move<true>(s.xs, y + first, d, row, b, (int)d - first);
 }
 
 // ---- the residual stream and its norm, a row a block ----
