@@ -31,7 +31,7 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
     units = k // 64
     if epilogue == PARTS:
-        return {"MT": 1, "NT": NT, "WARPS": 8, "DEPTH": 3, "BLOCKS": 2, "units": 8 if b <= 4 else 16}
+        return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": 3, "BLOCKS": 1, "units": 8 if b <= 4 else 16}
     MT = 1 if b <= 4 else 2 if b <= 16 else 4
     return {"MT": MT, "NT": NT, "WARPS": 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
 
