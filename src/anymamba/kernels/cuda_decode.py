@@ -31,7 +31,8 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
     units = k // 64
     if epilogue == PARTS:
-        return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": 3, "BLOCKS": 1, "units": 8 if b <= 4 else 16}
+        units = 8 if b <= 4 else min(16, max(4, units * math.ceil(outputs / 16) * math.ceil(b / 64) // 120))
+        return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
     MT = 1 if b <= 4 else 2 if b <= 16 else 4
     return {"MT": MT, "NT": NT, "WARPS": 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
 
@@ -44,6 +45,7 @@ def ways(b: int, m: int) -> tuple[str, str]:
 class Step:
     """Decodes rows whose states are `layers`, in place; every call, with ids (b,), gives logits (b,v) in float32."""
 
+    @torch.no_grad()
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         self.config, self.layers, self.device = config, layers, embedding.device
         self.b = len(layers[0].ssm)
@@ -89,12 +91,14 @@ class Step:
     def _scan(self, block, state):
         c, slices = self.config, self._product(PARTS, block.x_proj, self.xc, None, self.parts)
         assert slices == self.slices
-        kernel = self._step_kernel("scan_step")
+        kernel, A = self._step_kernel("scan_step"), -block.A_log.float().exp() * math.log2(math.e)
         args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
-                *map(self._at, (block.dt_proj, block.dt_bias.float(), block.A_log.float(), block.D.float(), state.ssm)),
+                *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
-        rows, channels, pitch = self._rows(), THREADS * 4 // c.d_state, -(-c.rank // 16) * 16 + 8
-        shared = rows * THREADS * 4 * state.ssm.element_size() + 2 * (channels * pitch + rows * (pitch + 2 * channels))
+        rows, channels, pitch = self._rows(), 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
+        shared = rows * channels * c.d_state * state.ssm.element_size() + 2 * (
+            channels * pitch + rows * (pitch + 2 * channels)
+        )
         shared += 4 * rows * (2 * c.d_state + channels + 1)
         grid = (math.ceil(c.d_inner / channels), math.ceil(self.b / rows), 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
@@ -157,7 +161,7 @@ class Step:
         return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
     def _rows(self):
-        return 8 if self.b <= 16 else 16
+        return 8 if self.b <= 16 or self.config.d_state > 16 else 16
 
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]

@@ -1,23 +1,28 @@
 // One token through what lies between the large products of a block: see cuda_decode.cuh.
 #include "cuda_decode.cuh"
 
-#if STATE == 0
-typedef float4 Four;  // states as they are kept
-__device__ __forceinline__ void widen(float (&h)[4], Four v) { h[0] = v.x; h[1] = v.y; h[2] = v.z; h[3] = v.w; }
-__device__ __forceinline__ Four lower(const float (&h)[4]) { return make_float4(h[0], h[1], h[2], h[3]); }
-#else
-typedef ushort4 Four;
-__device__ __forceinline__ float widen(b16 v) {
-    if (STATE == 1) return wide(v);
-    float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v)); return r;
+#define PACK (STATE == 0 ? 4 : 8)  // states in 16 bytes
+
+__device__ __forceinline__ void widen(float (&h)[PACK], uint4 v) {
+    const unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (STATE == 0) h[i] = __uint_as_float(w[i]);
+        else if (STATE == 1) { h[2 * i] = __uint_as_float(w[i] << 16); h[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u); }
+        else asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(h[2 * i]), "=f"(h[2 * i + 1]) : "r"(w[i]));
+    }
 }
-__device__ __forceinline__ b16 lower(float v) {
-    if (STATE == 1) return narrow(v);
-    b16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r;
+
+__device__ __forceinline__ uint4 lower(const float (&h)[PACK]) {
+    unsigned w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (STATE == 0) w[i] = __float_as_uint(h[i]);
+        else if (STATE == 1) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(h[2 * i + 1]), "f"(h[2 * i]));
+        else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(h[2 * i + 1]), "f"(h[2 * i]));
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
 }
-__device__ __forceinline__ void widen(float (&h)[4], Four v) { h[0] = widen(v.x); h[1] = widen(v.y); h[2] = widen(v.z); h[3] = widen(v.w); }
-__device__ __forceinline__ Four lower(const float (&h)[4]) { return make_ushort4(lower(h[0]), lower(h[1]), lower(h[2]), lower(h[3])); }
-#endif
 
 template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
@@ -28,8 +33,11 @@ template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* 
 
 // ---- step sizes, scan and gate ----
 
-#define LANES (N / 4)               // of a channel, 4 states each
-#define CHANNELS (THREADS / LANES)  // of a block
+#define PER (N < 16 ? N : 16)       // states of a lane
+#define LANES (N / PER)             // of a channel
+#define CHANNELS (LANES == 8 ? 32 : 64)       // of a block
+#define SLOTS (THREADS / (LANES * CHANNELS))  // rows that a block has at a time
+#define Q (N / PACK)                // pieces of 16 bytes of a channel
 #define TILES ((CHANNELS + 15) / 16)
 #define SHARES (8 / TILES)          // warps that share a tile
 #define DEEP ((RANK + 15) / 16)     // instructions along the rank
@@ -37,10 +45,15 @@ template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* 
 #define PITCH (DEEP * 16 + 8)       // of a row of dt before its projection: reads hit all banks
 
 struct Shared {
-    Four states[ROWS][THREADS];  // each thread's own
+    uint4 states[ROWS][CHANNELS * Q];
     b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
     float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
 };
+
+// Where a channel's piece of states lies in its row: exchanged such that neighbouring channels are in other banks.
+__device__ __forceinline__ int place(int channel, int piece) {
+    return channel * Q + (piece ^ (Q < 8 ? channel / (8 / Q) % Q : channel % 8));
+}
 
 // [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH)
 __device__ __forceinline__ void gather(b16 (&raw)[ROWS][PITCH], float (&BC)[ROWS][2 * N], const float* parts, int row, i64 b) {
@@ -82,21 +95,22 @@ __device__ __forceinline__ void project(Shared& s, int tile, int rows, const flo
     }
 #pragma unroll
     for (int e = 0; e < 4; e++)
-        if (CHANNELS >= 16 || g + e / 2 * 8 < CHANNELS) s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
+        s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
 }
 
-// y (b,d) of ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d), xz (b,2d), state (b,d,n).
+// y (b,d) of ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d), xz (b,2d), A (d,n) in the
+// unit of ex2, state (b,d,n).
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weight, const float* dt_bias,
-          const float* A_log, const float* D, Four* state, b16* y) {
+          const float* A, const float* D, uint4* state, b16* y) {
     extern __shared__ __align__(16) char memory[];
     Shared& s = *(Shared*)memory;
     let_next_start();
     const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
-    const int own = threadIdx.x / LANES, lane = threadIdx.x % LANES, channel = first + own;
-    const bool real = channel < d;
-    Four* states = state + ((i64)row * d + channel) * LANES + lane;  // nobody writes them before this kernel does
-    for (int i = 0; i < rows && real; i++) copy<sizeof(Four)>(&s.states[i][threadIdx.x], states + i * d * LANES);
+    const int pieces = min(CHANNELS, (int)d - first) * Q;
+    state += (row * d + first) * Q;  // nobody writes it before this kernel does
+    for (int i = 0; i < rows; i++)
+        for (int j = threadIdx.x; j < pieces; j += THREADS) copy<16>(&s.states[i][place(j / Q, j % Q)], state + i * d * Q + j);
     for (int i = threadIdx.x; i < CHANNELS * (RANK / 4); i += THREADS) {
         const int c = i / (RANK / 4), r = i % (RANK / 4) * 4;
         if (first + c < d) copy<8>(&s.weight[c][r], dt_weight + (first + c) * (i64)RANK + r);
@@ -106,14 +120,16 @@ scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weig
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
     }
     const int tile = 16 * (warp % TILES), g = threadIdx.x % 32 / 4;
-    float bias[2], a[4] = {}, skip = 0;
+    const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS, channel = min(first + own, (int)d - 1);
+    float bias[2], a[PER];
 #pragma unroll
     for (int e = 0; e < 2; e++) bias[e] = first + tile + g + 8 * e < d ? dt_bias[first + tile + g + 8 * e] : 0.f;
-    if (real) {
-        const float4 v = ((const float4*)A_log)[channel * (i64)LANES + lane];
-        a[0] = -1.44269504f * expf(v.x); a[1] = -1.44269504f * expf(v.y); a[2] = -1.44269504f * expf(v.z); a[3] = -1.44269504f * expf(v.w);
-        skip = D[channel];
+#pragma unroll
+    for (int k = 0; k < PER; k += 4) {
+        const float4 v = *(const float4*)(A + channel * (i64)N + lane * PER + k);
+        a[k] = v.x; a[k + 1] = v.y; a[k + 2] = v.z; a[k + 3] = v.w;
     }
+    const float skip = D[channel];
     wait_for_last();
     move<false>(s.xs, xc + first, d, row, b, (int)d - first);
     move<false>(s.zs, xz + d + first, 2 * d, row, b, (int)d - first);
@@ -122,25 +138,34 @@ scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weig
     __syncthreads();
     for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
     __syncthreads();
-#pragma unroll 4
-    for (int i = 0; i < rows; i++) {
+    for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
         const float dt = s.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
-        const float4 B = *(const float4*)&s.BC[i][4 * lane], C = *(const float4*)&s.BC[i][N + 4 * lane];
-        const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
-        float h[4], sum = 0;
-        widen(h, s.states[i][threadIdx.x]);
+        float sum = 0;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            h[k] = fmaf(0.5f * ex2(fmaf(dt, a[k], 1.f)), h[k], u * bs[k]);  // 0.5 ex2(v + 1): see cuda_common.cuh
-            sum = fmaf(cs[k], h[k], sum);
+        for (int p = 0; p < PER / PACK; p++) {
+            uint4& kept = s.states[i][place(own, lane * (PER / PACK) + p)];
+            float h[PACK];
+            widen(h, kept);
+#pragma unroll
+            for (int k = 0; k < PACK; k += 4) {
+                const float4 B = *(const float4*)&s.BC[i][lane * PER + p * PACK + k], C = *(const float4*)&s.BC[i][N + lane * PER + p * PACK + k];
+                const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
+                    h[k + e] = fmaf(0.5f * ex2(fmaf(dt, a[p * PACK + k + e], 1.f)), h[k + e], u * bs[e]);
+                    sum = fmaf(cs[e], h[k + e], sum);
+                }
+            }
+            kept = lower(h);
         }
-        if (real) states[i * d * LANES] = lower(h);
 #pragma unroll
         for (int k = 1; k < LANES; k *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
-        if (lane == i % LANES) s.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(s.zs[i][own])));  // all have read xs
+        if (lane == 0) s.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(s.zs[i][own])));  // all lanes have read it
     }
     __syncthreads();
     move<true>(s.xs, y + first, d, row, b, (int)d - first);
+    for (int i = 0; i < rows; i++)
+        for (int j = threadIdx.x; j < pieces; j += THREADS) state[i * d * Q + j] = s.states[i][place(j / Q, j % Q)];
 }
 
 // ---- the residual stream and its norm, a row a block ----
