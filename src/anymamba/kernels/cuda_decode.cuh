@@ -26,7 +26,16 @@ __device__ __forceinline__ float rounded(float v) { return wide(narrow(v)); }
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float silu(float v) { return v * rcp(1.f + ex2(-1.44269504f * v)); }
-__device__ __forceinline__ float softplus(float v) { return v > 20.f ? v : log1pf(expf(v)); }
+
+// log(1 + e^v) = max(v, 0) + log1p(e^-|v|): the polynomial of cuda_common.cuh
+__device__ __forceinline__ float softplus(float v) {
+    const float e = ex2(-1.44269504f * fabsf(v));
+    float p = 5.253457930e-03f;
+    p = fmaf(p, e, -2.958850749e-02f); p = fmaf(p, e, 7.836166769e-02f); p = fmaf(p, e, -1.367477030e-01f);
+    p = fmaf(p, e, 1.911143064e-01f); p = fmaf(p, e, -2.484436929e-01f); p = fmaf(p, e, 3.331927061e-01f);
+    p = fmaf(p, e, -4.999950230e-01f); p = fmaf(p, e, 1.f);
+    return fmaxf(v, 0.f) + p * e;
+}
 
 // c (16 × 8) += a (16 × 16) b (16 × 8)
 __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

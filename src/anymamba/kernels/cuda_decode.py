@@ -22,7 +22,7 @@ PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
 def supports(config, dtype: torch.dtype) -> bool:
     """Whether the kernels decode a model of this config and dtype."""
-    sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 4 == 0
+    sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 8 == 0
     return dtype == torch.bfloat16 and sizes and config.d_state in (8, 16, 32, 64, 128) and config.rank <= 512
 
 
@@ -96,10 +96,8 @@ class Step:
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
         rows, channels, pitch = self._rows(), 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
-        shared = rows * channels * c.d_state * state.ssm.element_size() + 2 * (
-            channels * pitch + rows * (pitch + 2 * channels)
-        )
-        shared += 4 * rows * (2 * c.d_state + channels + 1)
+        shared = rows * channels * c.d_state * state.ssm.element_size() + 2 * channels * pitch + 32
+        shared += rows * (2 * (pitch + 2 * channels) + 4 * (2 * c.d_state + channels + 1))
         grid = (math.ceil(c.d_inner / channels), math.ceil(self.b / rows), 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
 

@@ -24,12 +24,61 @@ __device__ __forceinline__ uint4 lower(const float (&h)[PACK]) {
     return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+#define THREADS 256
+
+// ---- rows of memory to and from shared memory, in the background ----
+
+// `count` rows of `bytes`, a multiple of 16; by the copy engine where there is one. `bring` counts on a barrier that every
+// thread then arrives at, and `await` waits for.
+__device__ __forceinline__ unsigned at(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void bring(void* to, int pitch, const void* from, i64 stride, int count, int bytes, i64* barrier) {
+#if __CUDA_ARCH__ >= 900
+    if ((int)threadIdx.x < count) {
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(at(barrier)), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     :: "r"(at((char*)to + threadIdx.x * pitch)), "l"((const char*)from + threadIdx.x * stride), "r"(bytes), "r"(at(barrier)) : "memory");
+    }
+#else
+    for (int i = threadIdx.x * 16; i < count * bytes; i += THREADS * 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                     :: "r"(at((char*)to + i / bytes * pitch + i % bytes)), "l"((const char*)from + i / bytes * stride + i % bytes) : "memory");
+#endif
 }
 
-#define THREADS 256
+__device__ __forceinline__ void arrive(i64* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" :: "r"(at(barrier)) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void await(i64* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra wait;}" :: "r"(at(barrier)) : "memory");
+#else
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// what all threads have written, after a __syncthreads that follows `written`
+__device__ __forceinline__ void written() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void send(void* to, i64 stride, const void* from, int pitch, int count, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if ((int)threadIdx.x < count) {
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                     :: "l"((char*)to + threadIdx.x * stride), "r"(at((const char*)from + threadIdx.x * pitch)), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+#else
+    for (int i = threadIdx.x * 16; i < count * bytes; i += THREADS * 16)
+        *(uint4*)((char*)to + i / bytes * stride + i % bytes) = *(const uint4*)((const char*)from + i / bytes * pitch + i % bytes);
+#endif
+}
 
 // ---- step sizes, scan and gate ----
 
@@ -48,38 +97,22 @@ struct Shared {
     uint4 states[ROWS][CHANNELS * Q];
     b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
     float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
+    i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
-
-// Where a channel's piece of states lies in its row: exchanged such that neighbouring channels are in other banks.
-__device__ __forceinline__ int place(int channel, int piece) {
-    return channel * Q + (piece ^ (Q < 8 ? channel / (8 / Q) % Q : channel % 8));
-}
 
 // [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH)
 __device__ __forceinline__ void gather(b16 (&raw)[ROWS][PITCH], float (&BC)[ROWS][2 * N], const float* parts, int row, i64 b) {
-#pragma unroll 3
+#pragma unroll
     for (int i = threadIdx.x; i < ROWS * (WIDTH / 4); i += THREADS) {
         const int r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
-        if (row + r >= b) break;
         float4 part[SLICES], v = make_float4(0, 0, 0, 0);
+        const float* from = parts + min((i64)(row + r), b - 1) * WIDTH + e;  // rows beyond the last repeat it, for nobody
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) part[s] = *(const float4*)(parts + (s * b + row + r) * WIDTH + e);
+        for (int s = 0; s < SLICES; s++) { part[s] = *(const float4*)from; from += b * WIDTH; }
 #pragma unroll
         for (int s = 0; s < SLICES; s++) { v.x += part[s].x; v.y += part[s].y; v.z += part[s].z; v.w += part[s].w; }
         if (e < RANK) *(ushort4*)&raw[r][e] = make_ushort4(narrow(v.x), narrow(v.y), narrow(v.z), narrow(v.w));
         else *(float4*)&BC[r][e - RANK] = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
-    }
-}
-
-// A tile of 16-bit rows of CHANNELS from or to memory, 16 bytes a thread.
-#define CHUNKS (CHANNELS / 8)
-template <bool OUT> __device__ __forceinline__ void move(b16 (&tile)[ROWS][CHANNELS], b16* at, i64 stride, int row, i64 b, int columns) {
-#pragma unroll
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        const int r = i / CHUNKS, c = i % CHUNKS * 8;
-        if (row + r >= b || c >= columns) continue;
-        uint4 *inner = (uint4*)&tile[r][c], *outer = (uint4*)(at + (row + r) * stride + c);
-        if (OUT) *outer = *inner; else *inner = *outer;
     }
 }
 
@@ -99,56 +132,67 @@ __device__ __forceinline__ void project(Shared& s, int tile, int rows, const flo
 }
 
 // y (b,d) of ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d), xz (b,2d), A (d,n) in the
-// unit of ex2, state (b,d,n).
+// unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
 extern "C" __global__ void __launch_bounds__(THREADS)
-scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weight, const float* dt_bias,
+scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
           const float* A, const float* D, uint4* state, b16* y) {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)memory;
     let_next_start();
     const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
-    const int pieces = min(CHANNELS, (int)d - first) * Q;
-    state += (row * d + first) * Q;  // nobody writes it before this kernel does
-    for (int i = 0; i < rows; i++)
-        for (int j = threadIdx.x; j < pieces; j += THREADS) copy<16>(&s.states[i][place(j / Q, j % Q)], state + i * d * Q + j);
-    for (int i = threadIdx.x; i < CHANNELS * (RANK / 4); i += THREADS) {
-        const int c = i / (RANK / 4), r = i % (RANK / 4) * 4;
-        if (first + c < d) copy<8>(&s.weight[c][r], dt_weight + (first + c) * (i64)RANK + r);
-    }
+    const int wide_row = CHANNELS * Q * 16, narrow_row = CHANNELS * 2;  // bytes
+    xc += row * d + first; xz += 2 * row * d + d + first; y += row * d + first; state += (row * d + first) * Q;
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x < 2)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" :: "r"(at(&s.early + threadIdx.x)), "r"(THREADS) : "memory");
+    __syncthreads();
+#endif
+    bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
+    bring(s.weight, PITCH * 2, dt_weight + first * (i64)RANK, RANK * 2, CHANNELS, RANK * 2, &s.early);
+    arrive(&s.early);
     for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
         const int r = i / (DEEP * 16 - RANK);
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
     }
     const int tile = 16 * (warp % TILES), g = threadIdx.x % 32 / 4;
-    const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS, channel = min(first + own, (int)d - 1);
+    const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS;
+    // Neighbouring channels begin with other pieces of their states, so that they read other banks.
+    const int turn = Q < 8 ? own / (8 / Q) : own;
     float bias[2], a[PER];
 #pragma unroll
-    for (int e = 0; e < 2; e++) bias[e] = first + tile + g + 8 * e < d ? dt_bias[first + tile + g + 8 * e] : 0.f;
+    for (int e = 0; e < 2; e++) bias[e] = dt_bias[first + (tile + g + 8 * e) % CHANNELS];
 #pragma unroll
-    for (int k = 0; k < PER; k += 4) {
-        const float4 v = *(const float4*)(A + channel * (i64)N + lane * PER + k);
-        a[k] = v.x; a[k + 1] = v.y; a[k + 2] = v.z; a[k + 3] = v.w;
-    }
-    const float skip = D[channel];
+    for (int p = 0; p < PER / PACK; p++)
+#pragma unroll
+        for (int k = 0; k < PACK; k += 4) {
+            const int n = (lane * (PER / PACK) + (p + turn) % (PER / PACK)) * PACK + k;
+            const float4 v = *(const float4*)(A + (first + own) * (i64)N + n);
+            a[p * PACK + k] = v.x; a[p * PACK + k + 1] = v.y; a[p * PACK + k + 2] = v.z; a[p * PACK + k + 3] = v.w;
+        }
+    const float skip = D[first + own];
     wait_for_last();
-    move<false>(s.xs, xc + first, d, row, b, (int)d - first);
-    move<false>(s.zs, xz + d + first, 2 * d, row, b, (int)d - first);
+    bring(s.xs, narrow_row, xc, d * 2, rows, narrow_row, &s.late);
+    bring(s.zs, narrow_row, xz, d * 4, rows, narrow_row, &s.late);
+    arrive(&s.late);
     gather(s.raw, s.BC, parts, row, b);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    await(&s.early);
     __syncthreads();
     for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
+    await(&s.late);
     __syncthreads();
+#pragma unroll 2
     for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
         const float dt = s.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
         float sum = 0;
 #pragma unroll
         for (int p = 0; p < PER / PACK; p++) {
-            uint4& kept = s.states[i][place(own, lane * (PER / PACK) + p)];
+            const int piece = lane * (PER / PACK) + (p + turn) % (PER / PACK);
+            uint4& kept = s.states[i][own * Q + piece];
             float h[PACK];
             widen(h, kept);
 #pragma unroll
             for (int k = 0; k < PACK; k += 4) {
-                const float4 B = *(const float4*)&s.BC[i][lane * PER + p * PACK + k], C = *(const float4*)&s.BC[i][N + lane * PER + p * PACK + k];
+                const float4 B = *(const float4*)&s.BC[i][piece * PACK + k], C = *(const float4*)&s.BC[i][N + piece * PACK + k];
                 const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
 #pragma unroll
                 for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
@@ -162,10 +206,10 @@ scan_step(const float* parts, i64 b, i64 d, b16* xc, b16* xz, const b16* dt_weig
         for (int k = 1; k < LANES; k *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
         if (lane == 0) s.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(s.zs[i][own])));  // all lanes have read it
     }
+    written();
     __syncthreads();
-    move<true>(s.xs, y + first, d, row, b, (int)d - first);
-    for (int i = 0; i < rows; i++)
-        for (int j = threadIdx.x; j < pieces; j += THREADS) state[i * d * Q + j] = s.states[i][place(j / Q, j % Q)];
+    send(y, d * 2, s.xs, narrow_row, rows, narrow_row);
+    send(state, d * Q * 16, s.states, wide_row, rows, wide_row);
 }
 
 // ---- the residual stream and its norm, a row a block ----
