@@ -17,7 +17,7 @@ from anymamba.kernels.cuda_launch import load
 FEW = 16
 THREADS = 256
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PLAIN, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
+PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
 
 def supports(config, dtype: torch.dtype) -> bool:
@@ -30,7 +30,7 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     """Tiles of 16 MT outputs and 8 NT rows; WARPS that share k, each DEPTH - 1 units of it ahead; units of a slice."""
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
     units = k // 64
-    if epilogue == PLAIN:
+    if epilogue == PARTS:
         units = 8 if b <= 4 else min(16, max(4, units * math.ceil(outputs / 16) * math.ceil(b / 64) // 120))
         return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
     MT = 1 if b <= 4 else 2 if b <= 16 else 4
@@ -38,7 +38,7 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
 
 
 def ways(b: int, m: int) -> tuple[str, str]:
-    """How [x; z] and what is added to the stream are computed: "fused" or by a "library"."""
+    """How [x; z] and what is added to the stream are computed: "fused", "split" or by a "library"."""
     return ("fused" if b <= FEW else "library"), ("fused" if b <= FEW else "library")
 
 
@@ -56,9 +56,8 @@ class Step:
         self.xz, self.xc, self.y, self.out = self._empty(2 * d), self._empty(d), self._empty(d), self._empty(m)
         self.squares = self._empty(m // 16, torch.float32)
         self.logits = self._empty(len(head), torch.float32)
-        self.dbc = self._empty(r + 2 * n)
-        self.parts = torch.empty(d // 256 + 1, self.b, r + 2 * n, device=self.device)
-        self.tickets = torch.zeros(1024, dtype=torch.int32, device=self.device)
+        self.slices = math.ceil(d // 64 / product_plan(r + 2 * n, d, self.b, PARTS)["units"])
+        self.parts = torch.empty(self.slices, self.b, r + 2 * n, device=self.device)
         norms = [block.norm for block in blocks] + [norm_f]
         self.embedding, self.first = self._at(embedding), self._at(norms[0])
         self.calls, self.shares = [], 0  # shares: of the sum of squares that the next norm has to add
@@ -71,7 +70,7 @@ class Step:
 
     def __call__(self, ids):
         # the first does not overlap what came before it
-        self._residual_norm(self.first, self.embedding, ids.data_ptr(), overlap=False)
+        self._residual_norm(self.first, ids=ids.data_ptr(), add=self.embedding, overlap=False)
         for call in self.calls:
             call()
         return self.logits
@@ -90,15 +89,15 @@ class Step:
         self.calls.append(lambda: kernel.launch(grid, THREADS, 0, args, overlap=True))
 
     def _scan(self, block, state):
-        c = self.config
-        self._product(PLAIN, block.x_proj, self.xc, None, self.dbc, (0, self.tickets.data_ptr()), self.parts)
+        c, slices = self.config, self._product(PARTS, block.x_proj, self.xc, None, self.parts)
+        assert slices == self.slices
         kernel, A = self._step_kernel("scan_step"), -block.A_log.float().exp() * math.log2(math.e)
-        args = (self.dbc.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
+        args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
         rows, channels, pitch = self._rows(), 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
         shared = rows * channels * c.d_state * state.ssm.element_size() + 2 * channels * pitch + 32
-        shared += rows * (2 * (pitch + 2 * channels + 2 * c.d_state) + 4 * (channels + 1))
+        shared += rows * (2 * (pitch + 2 * channels) + 4 * (2 * c.d_state + channels + 1))
         grid = (math.ceil(c.d_inner / channels), math.ceil(self.b / rows), 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
 
@@ -107,10 +106,18 @@ class Step:
         self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream, rest)
         self.shares = self.config.d_model // self.grain
 
+    def _out_split(self, block, next_norm):
+        m, k = block.out_proj.shape
+        units = max(8, k // 64 * math.ceil(m / 64) // 160)
+        parts = self._kept(torch.empty(math.ceil(k // 64 / units), self.b, m, device=self.device))
+        slices = self._product(PARTS, block.out_proj, self.y, None, parts, units=units, MT=4, BLOCKS=1)
+        bias, weight = self._at(block.out_bias), self._at(next_norm)
+        self.calls.append(lambda: self._residual_norm(weight, parts=parts.data_ptr(), slices=slices, bias=bias))
+
     def _out_library(self, block, next_norm):
         self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
         weight = self._at(next_norm)
-        self.calls.append(lambda: self._residual_norm(weight, self.out.data_ptr()))
+        self.calls.append(lambda: self._residual_norm(weight, add=self.out.data_ptr()))
 
     def _head(self, head):
         vocab = self.config.vocab_size
@@ -128,23 +135,24 @@ class Step:
 
     # ---- launches ----
 
-    def _product(self, epilogue, matrix, x, bias, out, rest=(), sums=None):
+    def _product(self, epilogue, matrix, x, bias, out, rest=(), **forced):
         (outputs, k), b = matrix.shape, self.b
-        plan = product_plan(outputs, k, b, epilogue)
+        plan = product_plan(outputs, k, b, epilogue) | forced
         units = plan.pop("units")
         self.grain = min(32, 16 * plan["MT"])
         rows, columns, warps = 16 * plan["MT"], 8 * plan["NT"], plan["WARPS"]
         shared = warps * max(plan["DEPTH"] * (rows + columns) * 128, rows * (columns + 1) * 4)
+        slices = math.ceil(k // 64 / units)
         kernel = self._kernel("product", "product", EPILOGUE=epilogue, TAPS=self.config.d_conv, **plan)
-        sums = self.squares if sums is None else sums
-        args = (self._at(matrix), x.data_ptr(), outputs, k, b, units, self._at(bias), sums.data_ptr(), self.shares,
-                self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
-        grid = (math.ceil(outputs / rows), math.ceil(k // 64 / units), math.ceil(b / columns))
+        args = (self._at(matrix), x.data_ptr(), outputs, k, b, units, self._at(bias), self.squares.data_ptr(),
+                self.shares, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
+        grid = (math.ceil(outputs / rows), slices, math.ceil(b / columns))
         self.calls.append(lambda: kernel.launch(grid, 32 * warps, shared, args, overlap=True))
+        return slices
 
-    def _residual_norm(self, weight, add, ids=0, overlap=True):
+    def _residual_norm(self, weight, ids=0, add=0, parts=0, slices=0, bias=0, overlap=True):
         kernel, m = self._step_kernel("residual_norm"), self.config.d_model
-        args = (ids, add, m, self.eps, weight, self.stream.data_ptr(), self.x.data_ptr())
+        args = (ids, add, parts, slices, self.b, m, self.eps, bias, weight, self.stream.data_ptr(), self.x.data_ptr())
         kernel.launch((self.b, 1, 1), THREADS, 0, args, overlap=overlap)
 
     def _conv(self, block, state):
@@ -156,7 +164,7 @@ class Step:
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
         sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
-        return self._kernel("step", name, ROWS=self._rows(), **sizes)
+        return self._kernel("step", name, ROWS=self._rows(), SLICES=self.slices, **sizes)
 
     # ---- memory and kernels ----
 

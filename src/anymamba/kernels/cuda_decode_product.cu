@@ -4,7 +4,7 @@
 // 64: each copies its own units of both to its own ring of DEPTH places in shared memory, well ahead, the matrix before x
 // is even there, and multiplies in the tensor cores; in the end the warps' sums are added.
 //
-// EPILOGUE 0: the product alone. The grid's second axis may cut k into slices; the last block to end adds them up.
+// EPILOGUE 0: sums as they are, (slice,b,outputs): the grid's second axis cuts k into slices.
 //          1: [x; z] of a block: scaled by the norm of the row, x convolved.
 //          2: what a block adds to the residual stream: the new stream, and what the next norm needs of it.
 //          3: logits, scaled by the norm of the row.
@@ -66,26 +66,21 @@ struct Walk {
     const Operands& p;
     b16* ring;
     i64 row;
-    int column, mine, count, shift;
+    int column, first, last;
 
     __device__ __forceinline__ Walk(const Operands& operands, char* memory) : p(operands) {
         row = blockIdx.x * (i64)ROWS;
         column = blockIdx.z * COLS;
-        mine = threadIdx.x / 32;
-        count = min((int)p.units, (int)(p.k / 64 - blockIdx.y * p.units));
-        shift = blockIdx.x * WARPS % count;  // blocks begin at other places: all read x, but not the same at a time
-        ring = (b16*)memory + mine * DEPTH * PLACE;
+        first = blockIdx.y * (int)p.units + threadIdx.x / 32;
+        last = min((int)((blockIdx.y + 1) * p.units), (int)(p.k / 64));
+        ring = (b16*)memory + threadIdx.x / 32 * DEPTH * PLACE;
     }
 
-    __device__ __forceinline__ int unit(int s) {
-        const int u = mine + s * WARPS + shift;
-        return blockIdx.y * (int)p.units + (u < count ? u : u - count);
-    }
     __device__ __forceinline__ void matrix(int s) {
-        if (mine + s * WARPS < count) fetch<ROWS>(ring + s % DEPTH * PLACE, p.matrix, row, p.outputs, p.k, unit(s));
+        if (first + s * WARPS < last) fetch<ROWS>(ring + s % DEPTH * PLACE, p.matrix, row, p.outputs, p.k, first + s * WARPS);
     }
     __device__ __forceinline__ void x(int s) {
-        if (mine + s * WARPS < count) fetch<COLS>(ring + s % DEPTH * PLACE + ROWS * 64, p.x, column, p.b, p.k, unit(s));
+        if (first + s * WARPS < last) fetch<COLS>(ring + s % DEPTH * PLACE + ROWS * 64, p.x, column, p.b, p.k, first + s * WARPS);
     }
 
     // the first copies
@@ -99,7 +94,7 @@ struct Walk {
     }
 
     __device__ __forceinline__ void run(float (&sum)[MT][NT][4]) {
-        for (int s = 0; mine + s * WARPS < count; s++) {
+        for (int s = 0; first + s * WARPS < last; s++) {
             asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
             __syncwarp();
             matrix(s + DEPTH - 1);
@@ -143,29 +138,7 @@ __device__ __forceinline__ void norms(float* scale, const float* squares, i64 co
     }
 }
 
-// EPILOGUE 0: the last block that comes adds up all slices of its tile.
-__device__ __forceinline__ void add_slices(const Walk& walk, const float* parts, int* tickets, b16* out) {
-    __shared__ int ticket;
-    int* counter = tickets + blockIdx.z * gridDim.x + blockIdx.x;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) ticket = atomicAdd(counter, 1);
-    __syncthreads();
-    if (ticket + 1 < gridDim.y) return;
-    __threadfence();
-    if (threadIdx.x == 0) *counter = 0;  // for the next time
-    const i64 outputs = walk.p.outputs, b = walk.p.b;
-    for (int o = threadIdx.x; o < ROWS * COLS; o += THREADS) {
-        const i64 output = walk.row + o % ROWS, at = walk.column + o / ROWS;
-        if (output >= outputs || at >= b) continue;
-        float v = 0;
-#pragma unroll 10
-        for (int s = 0; s < gridDim.y; s++) v += __ldcg(parts + (s * b + at) * outputs + output);
-        out[at * outputs + output] = narrow(v);
-    }
-}
-
-// For EPILOGUE 0: out (b,outputs), parts (slices,b,outputs) in `squares`, and a ticket for each tile in `state`. 1: out xz (b,2d), more xc (b,d), state conv (b,d,w-1), weight, bias of
+// For EPILOGUE 0: out (slice,b,outputs) float32. 1: out xz (b,2d), more xc (b,d), state conv (b,d,w-1), weight, bias of
 // the convolution. 2: out the stream (b,m) float32, more x of the next norm, whose weight is `weight`. 3: out logits.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units, const b16* own_bias, float* squares,
@@ -211,8 +184,7 @@ product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units
         const bool inside = output < outputs && at < b;
         float v = inside ? total_of((float*)memory, r, c) : 0.f;
         if (EPILOGUE == 0) {
-            if (inside && gridDim.y == 1) ((b16*)out)[at * outputs + output] = narrow(v);
-            else if (inside) squares[(blockIdx.y * b + at) * outputs + output] = v;
+            if (inside) ((float*)out)[(blockIdx.y * b + at) * outputs + output] = v;
         } else if (EPILOGUE == 1) {
             if (!inside) continue;
             v *= scale[c];
@@ -236,5 +208,5 @@ product(const b16* matrix, const b16* x_in, i64 outputs, i64 k, i64 b, i64 units
         } else if (inside) {
             ((float*)out)[at * outputs + output] = output < limit ? v * scale[c] : __int_as_float(0xff800000);
         }
-    }    if (EPILOGUE == 0 && gridDim.y > 1) add_slices(walk, squares, (int*)state, (b16*)out);
+    }
 }

@@ -96,10 +96,25 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 struct Shared {
     uint4 states[ROWS][CHANNELS * Q];
     b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
-    b16 BC[ROWS][2 * N];
-    float steps[ROWS][CHANNELS + 1];
+    float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
     i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
+
+// [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH)
+__device__ __forceinline__ void gather(b16 (&raw)[ROWS][PITCH], float (&BC)[ROWS][2 * N], const float* parts, int row, i64 b) {
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * (WIDTH / 4); i += THREADS) {
+        const int r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
+        float4 part[SLICES], v = make_float4(0, 0, 0, 0);
+        const float* from = parts + min((i64)(row + r), b - 1) * WIDTH + e;  // rows beyond the last repeat it, for nobody
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) { part[s] = *(const float4*)from; from += b * WIDTH; }
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) { v.x += part[s].x; v.y += part[s].y; v.z += part[s].z; v.w += part[s].w; }
+        if (e < RANK) *(ushort4*)&raw[r][e] = make_ushort4(narrow(v.x), narrow(v.y), narrow(v.z), narrow(v.w));
+        else *(float4*)&BC[r][e - RANK] = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
+    }
+}
 
 // The step sizes of 16 channels and 8 rows.
 __device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
@@ -116,10 +131,10 @@ __device__ __forceinline__ void project(Shared& s, int tile, int rows, const flo
         s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
 }
 
-// y (b,d) of ROWS rows a block. dbc (b,WIDTH): [dt; B; C]. xc (b,d), xz (b,2d), A (d,n) in the
+// y (b,d) of ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d), xz (b,2d), A (d,n) in the
 // unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
 extern "C" __global__ void __launch_bounds__(THREADS)
-scan_step(const b16* dbc, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
+scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
           const float* A, const float* D, uint4* state, b16* y) {
     extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)memory;
@@ -156,16 +171,14 @@ scan_step(const b16* dbc, i64 b, i64 d, const b16* xc, const b16* xz, const b16*
         }
     const float skip = D[first + own];
     wait_for_last();
-    dbc += row * WIDTH;
-    bring(s.raw, PITCH * 2, dbc, WIDTH * 2, rows, RANK * 2, &s.late);
-    bring(s.BC, N * 4, dbc + RANK, WIDTH * 2, rows, N * 4, &s.late);
     bring(s.xs, narrow_row, xc, d * 2, rows, narrow_row, &s.late);
     bring(s.zs, narrow_row, xz, d * 4, rows, narrow_row, &s.late);
     arrive(&s.late);
+    gather(s.raw, s.BC, parts, row, b);
     await(&s.early);
-    await(&s.late);
     __syncthreads();
     for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
+    await(&s.late);
     __syncthreads();
 #pragma unroll 2
     for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
@@ -179,8 +192,8 @@ scan_step(const b16* dbc, i64 b, i64 d, const b16* xc, const b16* xz, const b16*
             widen(h, kept);
 #pragma unroll
             for (int k = 0; k < PACK; k += 4) {
-                const ushort4 B = *(const ushort4*)&s.BC[i][piece * PACK + k], C = *(const ushort4*)&s.BC[i][N + piece * PACK + k];
-                const float bs[4] = {wide(B.x), wide(B.y), wide(B.z), wide(B.w)}, cs[4] = {wide(C.x), wide(C.y), wide(C.z), wide(C.w)};
+                const float4 B = *(const float4*)&s.BC[i][piece * PACK + k], C = *(const float4*)&s.BC[i][N + piece * PACK + k];
+                const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
 #pragma unroll
                 for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
                     h[k + e] = fmaf(0.5f * ex2(fmaf(dt, a[p * PACK + k + e], 1.f)), h[k + e], u * bs[e]);
@@ -201,9 +214,10 @@ scan_step(const b16* dbc, i64 b, i64 d, const b16* xc, const b16* xz, const b16*
 
 // ---- the residual stream and its norm, a row a block ----
 
-// stream (b,m) becomes embedding[ids], or has `add` (b,m) added; x = its norm.
+// stream (b,m) becomes embedding[ids], or has added: `add` (b,m), or the sum of parts (slices,b,m) and a bias. x = norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
-residual_norm(const i64* ids, const b16* add, i64 m, i64 eps_bits, const b16* weight, float* stream, b16* x) {
+residual_norm(const i64* ids, const b16* add, const float* parts, i64 slices, i64 b, i64 m, i64 eps_bits,
+              const b16* own_bias, const b16* weight, float* stream, b16* x) {
     __shared__ float shares[THREADS / 32];
     let_next_start();
     wait_for_last();
@@ -213,8 +227,22 @@ residual_norm(const i64* ids, const b16* add, i64 m, i64 eps_bits, const b16* we
     for (int i = 4 * threadIdx.x; i < m; i += 4 * THREADS) {
         float4 v = make_float4(0, 0, 0, 0), *to = (float4*)(stream + row * m + i);
         if (!ids) v = *to;
-        q = *(const ushort4*)(add + (ids ? ids[row] : row) * m + i);
-        v.x += wide(q.x); v.y += wide(q.y); v.z += wide(q.z); v.w += wide(q.w);
+        float4 more = make_float4(0, 0, 0, 0);
+        if (add) {
+            q = *(const ushort4*)(add + (ids ? ids[row] : row) * m + i);
+            more = make_float4(wide(q.x), wide(q.y), wide(q.z), wide(q.w));
+        } else {
+#pragma unroll 4
+            for (int s = 0; s < slices; s++) {
+                const float4 p = *(const float4*)(parts + (s * b + row) * m + i);
+                more.x += p.x; more.y += p.y; more.z += p.z; more.w += p.w;
+            }
+            if (own_bias) {
+                q = *(const ushort4*)(own_bias + i);
+                more.x += wide(q.x); more.y += wide(q.y); more.z += wide(q.z); more.w += wide(q.w);
+            }
+        }
+        v.x += rounded(more.x); v.y += rounded(more.y); v.z += rounded(more.z); v.w += rounded(more.w);
         *to = v;
         square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
