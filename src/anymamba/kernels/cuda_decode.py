@@ -16,6 +16,7 @@ from anymamba.kernels.cuda_launch import load
 
 FEW = 16
 THREADS = 256
+ROWS = 8  # of the batch, that a block of the scan has at a time
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
@@ -33,8 +34,8 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int) -> dict:
     if epilogue == PARTS:
         units = 8 if b <= 4 else min(16, max(4, units * math.ceil(outputs / 16) * math.ceil(b / 64) // 120))
         return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
-    MT = 1 if b <= 4 else 2 if b <= 16 else 4
-    return {"MT": MT, "NT": NT, "WARPS": 4, "DEPTH": 3, "BLOCKS": 1, "units": units}
+    depth = 4 if epilogue == OUT and NT == 1 else 3  # what the fewest blocks bring before x is there
+    return {"MT": 1, "NT": NT, "WARPS": 8 if NT <= 2 else 4, "DEPTH": depth, "BLOCKS": 2, "units": units}
 
 
 def ways(b: int, m: int) -> tuple[str, str]:
@@ -49,6 +50,7 @@ class Step:
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         self.config, self.layers, self.device = config, layers, embedding.device
         self.b = len(layers[0].ssm)
+        self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.eps = struct.unpack("<i", struct.pack("<f", config.norm_eps))[0]
         self.kept = []  # what launches point to
         m, d, n, r = config.d_model, config.d_inner, config.d_state, config.rank
@@ -95,24 +97,25 @@ class Step:
         args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
-        rows, channels, pitch = self._rows(), 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
-        shared = rows * channels * c.d_state * state.ssm.element_size() + 2 * channels * pitch + 32
-        shared += rows * (2 * (pitch + 2 * channels) + 4 * (2 * c.d_state + channels + 1))
-        grid = (math.ceil(c.d_inner / channels), math.ceil(self.b / rows), 1)
+        channels, pitch = 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
+        stage = ROWS * channels * (c.d_state * state.ssm.element_size() + 4)
+        shared = self._stages() * stage + 2 * (channels + ROWS) * pitch + 4 * ROWS * (2 * c.d_state + channels + 1) + 64
+        grid = (c.d_inner // channels, self._columns(), 1)
         self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
+
+    def _columns(self):
+        """Blocks that share the rows of the scan: as many as run at a time, with as many rows each."""
+        groups = math.ceil(self.b / ROWS)
+        at_once = 2 * self.multiprocessors // (self.config.d_inner // 64)
+        return math.ceil(groups / math.ceil(groups / max(1, at_once)))
+
+    def _stages(self):
+        return 1 if self._columns() * ROWS >= self.b else 2
 
     def _out_fused(self, block, next_norm):
         rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
         self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream, rest)
         self.shares = self.config.d_model // self.grain
-
-    def _out_split(self, block, next_norm):
-        m, k = block.out_proj.shape
-        units = max(8, k // 64 * math.ceil(m / 64) // 160)
-        parts = self._kept(torch.empty(math.ceil(k // 64 / units), self.b, m, device=self.device))
-        slices = self._product(PARTS, block.out_proj, self.y, None, parts, units=units, MT=4, BLOCKS=1)
-        bias, weight = self._at(block.out_bias), self._at(next_norm)
-        self.calls.append(lambda: self._residual_norm(weight, parts=parts.data_ptr(), slices=slices, bias=bias))
 
     def _out_library(self, block, next_norm):
         self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
@@ -158,13 +161,10 @@ class Step:
     def _conv(self, block, state):
         return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
-    def _rows(self):
-        return 8 if self.b <= 16 or self.config.d_state > 16 else 16
-
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
         sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
-        return self._kernel("step", name, ROWS=self._rows(), SLICES=self.slices, **sizes)
+        return self._kernel("step", name, ROWS=ROWS, SLICES=self.slices, STAGES=self._stages(), **sizes)
 
     # ---- memory and kernels ----
 
