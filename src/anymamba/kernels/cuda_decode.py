@@ -16,7 +16,6 @@ from anymamba.kernels.cuda_launch import load
 
 FEW = 16
 THREADS = 256
-ROWS = 8  # of the batch, that a block of the scan has at a time
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
@@ -98,6 +97,7 @@ class Step:
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
         channels, pitch = 64 if c.d_state <= 64 else 32, -(-c.rank // 16) * 16 + 8
+        ROWS = self._rows()
         stage = ROWS * channels * (c.d_state * state.ssm.element_size() + 4)
         shared = self._stages() * stage + 2 * (channels + ROWS) * pitch + 4 * ROWS * (2 * c.d_state + channels + 1) + 64
         grid = (c.d_inner // channels, self._columns(), 1)
@@ -105,12 +105,17 @@ class Step:
 
     def _columns(self):
         """Blocks that share the rows of the scan: as many as run at a time, with as many rows each."""
-        groups = math.ceil(self.b / ROWS)
+        groups = math.ceil(self.b / self._rows())
         at_once = 2 * self.multiprocessors // (self.config.d_inner // 64)
         return math.ceil(groups / math.ceil(groups / max(1, at_once)))
 
+    def _rows(self):
+        """Rows that a block of the scan has at a time."""
+        small = self.layers[0].ssm.element_size() * self.config.d_state <= 32
+        return 16 if small and self.b > 16 else 8
+
     def _stages(self):
-        return 1 if self._columns() * ROWS >= self.b else 2
+        return 1 if self._columns() * self._rows() >= self.b else 2
 
     def _out_fused(self, block, next_norm):
         rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
@@ -164,7 +169,7 @@ class Step:
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
         sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
-        return self._kernel("step", name, ROWS=ROWS, SLICES=self.slices, STAGES=self._stages(), **sizes)
+        return self._kernel("step", name, ROWS=self._rows(), SLICES=self.slices, STAGES=self._stages(), **sizes)
 
     # ---- memory and kernels ----
 

@@ -104,31 +104,33 @@ struct Shared {
 
 #define ITEMS ((ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
 
-// Four neighbours of [dt; B; C] of each row and thread: the sums of parts (SLICES,b,WIDTH).
-__device__ __forceinline__ void gather(float4 (&sums)[ITEMS], const float* parts, int row, i64 b) {
-#pragma unroll
-    for (int item = 0; item < ITEMS; item++) {
-        const int i = min((int)threadIdx.x + item * THREADS, ROWS * (WIDTH / 4) - 1);
-        const float* from = parts + min((i64)(row + i / (WIDTH / 4)), b - 1) * WIDTH + i % (WIDTH / 4) * 4;
-        float4 part[SLICES], v = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int s = 0; s < SLICES; s++) { part[s] = *(const float4*)from; from += b * WIDTH; }
-#pragma unroll
-        for (int s = 0; s < SLICES; s++) { v.x += part[s].x; v.y += part[s].y; v.z += part[s].z; v.w += part[s].w; }
-        sums[item] = v;
-    }
-}
+// [dt; B; C] of the rows, parts (SLICES,b,WIDTH) to be summed: four neighbours a thread. They come while others work.
+struct Parts {
+    float4 v[ITEMS][SLICES];
 
-__device__ __forceinline__ void spread(Shared& s, const float4 (&sums)[ITEMS]) {
+    __device__ __forceinline__ void load(const float* parts, int row, i64 b) {
 #pragma unroll
-    for (int item = 0; item < ITEMS; item++) {
-        const int i = threadIdx.x + item * THREADS, r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
-        const float4 v = sums[item];
-        if (i >= ROWS * (WIDTH / 4)) break;
-        if (e < RANK) *(ushort4*)&s.raw[r][e] = make_ushort4(narrow(v.x), narrow(v.y), narrow(v.z), narrow(v.w));
-        else *(float4*)&s.BC[r][e - RANK] = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
+        for (int item = 0; item < ITEMS; item++) {
+            const int i = min((int)threadIdx.x + item * THREADS, ROWS * (WIDTH / 4) - 1);
+            const float* from = parts + min((i64)(row + i / (WIDTH / 4)), b - 1) * WIDTH + i % (WIDTH / 4) * 4;
+#pragma unroll
+            for (int s = 0; s < SLICES; s++) { v[item][s] = *(const float4*)from; from += b * WIDTH; }
+        }
     }
-}
+
+    __device__ __forceinline__ void sum(Shared& s) const {
+#pragma unroll
+        for (int item = 0; item < ITEMS; item++) {
+            const int i = threadIdx.x + item * THREADS, r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
+            if (i >= ROWS * (WIDTH / 4)) break;
+            float4 sum = v[item][0];
+#pragma unroll
+            for (int k = 1; k < SLICES; k++) { sum.x += v[item][k].x; sum.y += v[item][k].y; sum.z += v[item][k].z; sum.w += v[item][k].w; }
+            if (e < RANK) *(ushort4*)&s.raw[r][e] = make_ushort4(narrow(sum.x), narrow(sum.y), narrow(sum.z), narrow(sum.w));
+            else *(float4*)&s.BC[r][e - RANK] = make_float4(rounded(sum.x), rounded(sum.y), rounded(sum.z), rounded(sum.w));
+        }
+    }
+};
 
 // The step sizes of 16 channels and 8 rows.
 __device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
@@ -187,11 +189,11 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
         }
     const float skip = D[first + own];
     wait_for_last();
-    float4 sums[ITEMS];
+    Parts sums;
     bring(s.stages[0].xs, narrow_row, xc + row * d, d * 2, min(ROWS, (int)b - row), narrow_row, &s.full[0]);
     bring(s.stages[0].zs, narrow_row, xz + row * 2 * d, d * 4, min(ROWS, (int)b - row), narrow_row, &s.full[0]);
     arrive(&s.full[0]);
-    gather(sums, parts, row, b);
+    sums.load(parts, row, b);
     await(&s.fixed, 0);
     for (int round = 0; row < b; round++, row += more) {
         const int rows = min(ROWS, (int)b - row);
@@ -205,12 +207,12 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
             bring(coming.zs, narrow_row, xz + next * 2 * d, d * 4, count, narrow_row, full);
             arrive(full);
         }
-        spread(s, sums);
+        sums.sum(s);
 #if __CUDA_ARCH__ < 900
         await(&s.full[0], 0);
 #endif
         __syncthreads();
-        if (STAGES > 1 && row + more < b) gather(sums, parts, row + more, b);
+        if (STAGES > 1 && row + more < b) sums.load(parts, row + more, b);
         for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
         await(&s.full[round % 2], round / 2);
         __syncthreads();
