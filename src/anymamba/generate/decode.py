@@ -76,7 +76,7 @@ def _kernels_for(model: MambaLM) -> ModuleType | None:
         from anymamba.kernels import cuda_decode as kernels
     else:
         return None
-    return kernels if kernels.supports(model.config, *dtypes) else None
+    return kernels if kernels.supports(model.config, *dtypes, model.device) else None
 
 
 class _Called:

@@ -35,7 +35,6 @@ __device__ __forceinline__ unsigned at(const void* p) { return (unsigned)__cvta_
 __device__ __forceinline__ void bring(void* to, int pitch, const void* from, i64 stride, int count, int bytes, i64* barrier) {
 #if __CUDA_ARCH__ >= 900
     if ((int)threadIdx.x < count) {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // what this thread sent may lie there
         asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(at(barrier)), "r"(bytes) : "memory");
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                      :: "r"(at((char*)to + threadIdx.x * pitch)), "l"((const char*)from + threadIdx.x * stride), "r"(bytes), "r"(at(barrier)) : "memory");
@@ -53,9 +52,9 @@ __device__ __forceinline__ void arrive(i64* barrier) {
 #endif
 }
 
-__device__ __forceinline__ void await(i64* barrier, int turn) {
+__device__ __forceinline__ void await(i64* barrier) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p; wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra wait;}" :: "r"(at(barrier)), "r"(turn % 2) : "memory");
+    asm volatile("{.reg .pred p; wait: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra wait;}" :: "r"(at(barrier)) : "memory");
 #else
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
@@ -73,12 +72,11 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
     if ((int)threadIdx.x < count) {
         asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
                      :: "l"((char*)to + threadIdx.x * stride), "r"(at((const char*)from + threadIdx.x * pitch)), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
     }
 #else
     for (int i = threadIdx.x * 16; i < count * bytes; i += THREADS * 16)
         *(uint4*)((char*)to + i / bytes * stride + i % bytes) = *(const uint4*)((const char*)from + i / bytes * pitch + i % bytes);
-    __syncthreads();
 #endif
 }
 
@@ -96,41 +94,35 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 #define PITCH (DEEP * 16 + 8)       // of a row of dt before its projection: reads hit all banks
 
 struct Shared {
-    struct { uint4 states[ROWS][CHANNELS * Q]; b16 xs[ROWS][CHANNELS], zs[ROWS][CHANNELS]; } stages[STAGES];
-    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH];
+    uint4 states[ROWS][CHANNELS * Q];
+    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
     float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
-    i64 fixed, full[2];  // barriers: of the weight, and of the stages
+    i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
 
 #define ITEMS ((ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
 
-// [dt; B; C] of the rows, parts (SLICES,b,WIDTH) to be summed: four neighbours a thread. They come while others work.
-struct Parts {
-    float4 v[ITEMS][SLICES];
-
-    __device__ __forceinline__ void load(const float* parts, int row, i64 b) {
+// [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH).
+__device__ __forceinline__ void gather(Shared& s, const float* parts, int row, i64 b) {
+    float4 v[ITEMS][SLICES];  // four neighbours a thread; all loads first
 #pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const int i = min((int)threadIdx.x + item * THREADS, ROWS * (WIDTH / 4) - 1);
-            const float* from = parts + min((i64)(row + i / (WIDTH / 4)), b - 1) * WIDTH + i % (WIDTH / 4) * 4;
+    for (int item = 0; item < ITEMS; item++) {
+        const int i = min((int)threadIdx.x + item * THREADS, ROWS * (WIDTH / 4) - 1);
+        const float* from = parts + min((i64)(row + i / (WIDTH / 4)), b - 1) * WIDTH + i % (WIDTH / 4) * 4;
 #pragma unroll
-            for (int s = 0; s < SLICES; s++) { v[item][s] = *(const float4*)from; from += b * WIDTH; }
-        }
+        for (int k = 0; k < SLICES; k++) { v[item][k] = *(const float4*)from; from += b * WIDTH; }
     }
-
-    __device__ __forceinline__ void sum(Shared& s) const {
 #pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const int i = threadIdx.x + item * THREADS, r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
-            if (i >= ROWS * (WIDTH / 4)) break;
-            float4 sum = v[item][0];
+    for (int item = 0; item < ITEMS; item++) {
+        const int i = threadIdx.x + item * THREADS, r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
+        if (i >= ROWS * (WIDTH / 4)) break;
+        float4 sum = v[item][0];
 #pragma unroll
-            for (int k = 1; k < SLICES; k++) { sum.x += v[item][k].x; sum.y += v[item][k].y; sum.z += v[item][k].z; sum.w += v[item][k].w; }
-            if (e < RANK) *(ushort4*)&s.raw[r][e] = make_ushort4(narrow(sum.x), narrow(sum.y), narrow(sum.z), narrow(sum.w));
-            else *(float4*)&s.BC[r][e - RANK] = make_float4(rounded(sum.x), rounded(sum.y), rounded(sum.z), rounded(sum.w));
-        }
+        for (int k = 1; k < SLICES; k++) { sum.x += v[item][k].x; sum.y += v[item][k].y; sum.z += v[item][k].z; sum.w += v[item][k].w; }
+        if (e < RANK) *(ushort4*)&s.raw[r][e] = make_ushort4(narrow(sum.x), narrow(sum.y), narrow(sum.z), narrow(sum.w));
+        else *(float4*)&s.BC[r][e - RANK] = make_float4(rounded(sum.x), rounded(sum.y), rounded(sum.z), rounded(sum.w));
     }
-};
+}
 
 // The step sizes of 16 channels and 8 rows.
 __device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
@@ -147,27 +139,25 @@ __device__ __forceinline__ void project(Shared& s, int tile, int rows, const flo
         s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
 }
 
-// y (b,d) of CHANNELS channels; blocks in a column of the grid share the rows, ROWS at a time. parts (SLICES,b,WIDTH): sums
-// that make dt, B and C. xc (b,d), xz (b,2d), A (d,n) in the unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
+// y (b,d) of CHANNELS channels and ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d),
+// xz (b,2d), A (d,n) in the unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
           const float* A, const float* D, uint4* state, b16* y) {
     extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)memory;
     let_next_start();
-    const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, more = gridDim.y * ROWS;
+    const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
     const int wide_row = CHANNELS * Q * 16, narrow_row = CHANNELS * 2;  // bytes
-    xc += first; xz += d + first; y += first; state += first * Q;
+    xc += row * d + first; xz += 2 * row * d + d + first; y += row * d + first; state += (row * d + first) * Q;
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x < 3)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" :: "r"(at(&s.fixed + threadIdx.x)), "r"(THREADS) : "memory");
+    if (threadIdx.x < 2)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" :: "r"(at(&s.early + threadIdx.x)), "r"(THREADS) : "memory");
     __syncthreads();
 #endif
-    int row = blockIdx.y * ROWS;
-    // nobody writes the states before this kernel does
-    bring(s.stages[0].states, wide_row, state + row * d * Q, d * Q * 16, min(ROWS, (int)b - row), wide_row, &s.full[0]);
-    bring(s.weight, PITCH * 2, dt_weight + first * (i64)RANK, RANK * 2, CHANNELS, RANK * 2, &s.fixed);
-    arrive(&s.fixed);
+    bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
+    bring(s.weight, PITCH * 2, dt_weight + first * (i64)RANK, RANK * 2, CHANNELS, RANK * 2, &s.early);
+    arrive(&s.early);
     for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
         const int r = i / (DEEP * 16 - RANK);
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
@@ -189,75 +179,52 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
         }
     const float skip = D[first + own];
     wait_for_last();
-    Parts sums;
-    bring(s.stages[0].xs, narrow_row, xc + row * d, d * 2, min(ROWS, (int)b - row), narrow_row, &s.full[0]);
-    bring(s.stages[0].zs, narrow_row, xz + row * 2 * d, d * 4, min(ROWS, (int)b - row), narrow_row, &s.full[0]);
-    arrive(&s.full[0]);
-    sums.load(parts, row, b);
-    await(&s.fixed, 0);
-    for (int round = 0; row < b; round++, row += more) {
-        const int rows = min(ROWS, (int)b - row);
-        auto& stage = s.stages[round % STAGES];
-        if (STAGES > 1 && row + more < b) {
-            const int next = row + more, count = min(ROWS, (int)b - next);
-            auto& coming = s.stages[(round + 1) % STAGES];
-            i64* full = &s.full[(round + 1) % 2];
-            bring(coming.states, wide_row, state + next * d * Q, d * Q * 16, count, wide_row, full);
-            bring(coming.xs, narrow_row, xc + next * d, d * 2, count, narrow_row, full);
-            bring(coming.zs, narrow_row, xz + next * 2 * d, d * 4, count, narrow_row, full);
-            arrive(full);
-        }
-        sums.sum(s);
-#if __CUDA_ARCH__ < 900
-        await(&s.full[0], 0);
-#endif
-        __syncthreads();
-        if (STAGES > 1 && row + more < b) sums.load(parts, row + more, b);
-        for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
-        await(&s.full[round % 2], round / 2);
-        __syncthreads();
+    bring(s.xs, narrow_row, xc, d * 2, rows, narrow_row, &s.late);
+    bring(s.zs, narrow_row, xz, d * 4, rows, narrow_row, &s.late);
+    arrive(&s.late);
+    gather(s, parts, row, b);
+    await(&s.early);
+    __syncthreads();
+    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
+    await(&s.late);
+    __syncthreads();
 #pragma unroll 2
-        for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
-            const float dt = s.steps[i][own], x = wide(stage.xs[i][own]), u = dt * x;
-            float sum = 0;
+    for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
+        const float dt = s.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
+        float sum = 0;
 #pragma unroll
-            for (int p = 0; p < PER / PACK; p++) {
-                const int piece = lane * (PER / PACK) + (p + turn) % (PER / PACK);
-                uint4& kept = stage.states[i][own * Q + piece];
-                float h[PACK];
-                widen(h, kept);
+        for (int p = 0; p < PER / PACK; p++) {
+            const int piece = lane * (PER / PACK) + (p + turn) % (PER / PACK);
+            uint4& kept = s.states[i][own * Q + piece];
+            float h[PACK];
+            widen(h, kept);
 #pragma unroll
-                for (int k = 0; k < PACK; k += 4) {
-                    const float4 B = *(const float4*)&s.BC[i][piece * PACK + k], C = *(const float4*)&s.BC[i][N + piece * PACK + k];
-                    const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
+            for (int k = 0; k < PACK; k += 4) {
+                const float4 B = *(const float4*)&s.BC[i][piece * PACK + k], C = *(const float4*)&s.BC[i][N + piece * PACK + k];
+                const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
-                        h[k + e] = fmaf(0.5f * ex2(fmaf(dt, a[p * PACK + k + e], 1.f)), h[k + e], u * bs[e]);
-                        sum = fmaf(cs[e], h[k + e], sum);
-                    }
+                for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
+                    h[k + e] = fmaf(0.5f * ex2(fmaf(dt, a[p * PACK + k + e], 1.f)), h[k + e], u * bs[e]);
+                    sum = fmaf(cs[e], h[k + e], sum);
                 }
-                kept = lower(h);
             }
-#pragma unroll
-            for (int k = 1; k < LANES; k *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
-            if (lane == 0) stage.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(stage.zs[i][own])));  // all lanes have read it
+            kept = lower(h);
         }
-        written();
-        __syncthreads();
-        send(y + row * d, d * 2, stage.xs, narrow_row, rows, narrow_row);
-        send(state + row * d * Q, d * Q * 16, stage.states, wide_row, rows, wide_row);
+#pragma unroll
+        for (int k = 1; k < LANES; k *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
+        if (lane == 0) s.xs[i][own] = narrow(fmaf(skip, x, sum) * silu(wide(s.zs[i][own])));  // all lanes have read it
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
+    written();
+    __syncthreads();
+    send(y, d * 2, s.xs, narrow_row, rows, narrow_row);
+    send(state, d * Q * 16, s.states, wide_row, rows, wide_row);
 }
 
 // ---- the residual stream and its norm, a row a block ----
 
-// stream (b,m) becomes embedding[ids], or has added: `add` (b,m), or the sum of parts (slices,b,m) and a bias. x = norm.
+// stream (b,m) becomes embedding[ids], or has `add` (b,m) added; x = its norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
-residual_norm(const i64* ids, const b16* add, const float* parts, i64 slices, i64 b, i64 m, i64 eps_bits,
-              const b16* own_bias, const b16* weight, float* stream, b16* x) {
+residual_norm(const i64* ids, const b16* add, i64 m, i64 eps_bits, const b16* weight, float* stream, b16* x) {
     __shared__ float shares[THREADS / 32];
     let_next_start();
     wait_for_last();
@@ -267,22 +234,8 @@ residual_norm(const i64* ids, const b16* add, const float* parts, i64 slices, i6
     for (int i = 4 * threadIdx.x; i < m; i += 4 * THREADS) {
         float4 v = make_float4(0, 0, 0, 0), *to = (float4*)(stream + row * m + i);
         if (!ids) v = *to;
-        float4 more = make_float4(0, 0, 0, 0);
-        if (add) {
-            q = *(const ushort4*)(add + (ids ? ids[row] : row) * m + i);
-            more = make_float4(wide(q.x), wide(q.y), wide(q.z), wide(q.w));
-        } else {
-#pragma unroll 4
-            for (int s = 0; s < slices; s++) {
-                const float4 p = *(const float4*)(parts + (s * b + row) * m + i);
-                more.x += p.x; more.y += p.y; more.z += p.z; more.w += p.w;
-            }
-            if (own_bias) {
-                q = *(const ushort4*)(own_bias + i);
-                more.x += wide(q.x); more.y += wide(q.y); more.z += wide(q.z); more.w += wide(q.w);
-            }
-        }
-        v.x += rounded(more.x); v.y += rounded(more.y); v.z += rounded(more.z); v.w += rounded(more.w);
+        q = *(const ushort4*)(add + (ids ? ids[row] : row) * m + i);
+        v.x += wide(q.x); v.y += wide(q.y); v.z += wide(q.z); v.w += wide(q.w);
         *to = v;
         square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
