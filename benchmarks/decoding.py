@@ -31,13 +31,21 @@ def state_of(model, b: int, t: int = 64) -> MambaState:
     return model(random_ids(model, b, t), last_only=True).state
 
 
-def decoder(model, state, **options):
-    from anymamba.generate.decode import Decoder
+class Loop:
+    """A decoder and where it stands."""
 
-    return Decoder(model, state, **options)
+    def __init__(self, model, state: MambaState, state_dtype: torch.dtype = torch.float32):
+        from anymamba.generate.decode import Decoder
+
+        self.decoder, self.state = Decoder(model, state_dtype=state_dtype), state
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """The next logits (b,v), until the next step."""
+        logits, self.state = self.decoder.step(ids, self.state)
+        return logits
 
 
-def step_bytes(model, b: int, state_dtype: torch.dtype | None = None) -> int:
+def step_bytes(model, b: int, state_dtype: torch.dtype = torch.float32) -> int:
     """Bytes that a step must move: every weight once, the states read and written; the latter in `state_dtype`."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     dtype = model.backbone.norm_f.weight.dtype
@@ -45,29 +53,29 @@ def step_bytes(model, b: int, state_dtype: torch.dtype | None = None) -> int:
     return weights + 2 * state.nbytes
 
 
-def greedy_times(decoder, ids, tokens: int = TOKENS, budget: float = 1.0) -> list[float]:
-    """Seconds a token of each round of so many, as a caller writes the loop: where Python is slower, the GPU waits."""
+def greedy_times(loop: Loop, ids, tokens: int = TOKENS, budget: float = 1.0) -> list[float]:
+    """Seconds a token of each round of so many, as a caller writes it: where Python is slower, the GPU waits."""
 
-    def loop(count=tokens):
+    def write(count=tokens):
         nonlocal ids
         for _ in range(count):
-            ids = decoder.step(ids).argmax(-1)
+            ids = loop.step(ids).argmax(-1)
 
-    loop(8)  # compiles, records the graph
-    first = event_times(loop, 1)[0]
-    return [seconds / tokens for seconds in event_times(loop, rounds_for(first, budget, least=3, most=15))]
+    write(8)  # compiles, records the graph
+    first = event_times(write, 1)[0]
+    return [seconds / tokens for seconds in event_times(write, rounds_for(first, budget, least=3, most=15))]
 
 
 @torch.no_grad()
-def logits_error(model, decoder, state, steps: int = 4) -> float:
-    """Largest difference of the decoder's logits from those of the model's own pass, in units of the logits' rms."""
-    worst = 0.0
+def logits_error(model, loop: Loop, steps: int = 4) -> float:
+    """Largest difference of the loop's logits from those of the model's own pass, in units of the logits' rms."""
+    worst, state, real = 0.0, loop.state.copy(), model.config.vocab_size
     for _ in range(steps):
         ids = random_ids(model, state.batch_size)
         out = model(ids[:, None], state=state)
-        want, state = out.logits[:, -1].float(), out.state
-        error = (decoder.step(ids) - want).abs().amax() / want.square().mean().sqrt()
-        worst = max(worst, float(error)) if math.isfinite(error) else math.inf
+        want, state = out.logits[:, -1, :real].float(), out.state
+        error = float((loop.step(ids)[:, :real] - want).abs().amax() / want.square().mean().sqrt())
+        worst = max(worst, error) if math.isfinite(error) else math.inf
     return worst
 
 

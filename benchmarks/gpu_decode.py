@@ -19,7 +19,7 @@ import torch
 
 import anymamba
 from anymamba import MambaLM, MambaState
-from decoding import DEVICE, build, decoder, greedy_times, logits_error, random_ids, rate, state_of, step_bytes
+from decoding import DEVICE, Loop, build, greedy_times, logits_error, random_ids, rate, state_of, step_bytes
 from gpu_common import GpuReport, options
 from real_text import real_text
 
@@ -35,12 +35,15 @@ LIMIT = 0.1  # of the error, in rms: bfloat16 in another order, not another func
 READ = (8, 1024)  # rows and bytes of the text
 
 
+def key_of(preset, b, state_dtype):
+    return f"{preset} b={b}, state {NAMES[state_dtype]}"
+
+
 def speed(report, preset, model, b, state_dtype):
     """One line: tokens a second of b rows against the floor, mamba-ssm and the target."""
-    state = state_of(model, b)
-    ours = decoder(model, state, state_dtype=state_dtype)
-    error = logits_error(model, ours, state)
-    times = greedy_times(ours, random_ids(model, b))
+    loop = Loop(model, state_of(model, b), state_dtype)
+    error = logits_error(model, loop)
+    times = greedy_times(loop, random_ids(model, b))
     floor = step_bytes(model, b, state_dtype) / report.bandwidth
     here, (earlier, target) = rate(times, b), SPEED[preset][b]
     text = f"{here:9,.0f} tokens/s, {floor * 1e3:.3f} ms floor, {b / here / floor:4.2f} × floor, "
@@ -48,16 +51,15 @@ def speed(report, preset, model, b, state_dtype):
     if target is not None:
         text += f" (target ≥ {target:,}: {'met' if here >= target else 'NOT MET'})"
     text += f", error {error:.3f}" + ("" if error <= LIMIT else " WRONG")
-    report.timed(f"{preset} b={b}, state {NAMES[state_dtype or torch.float32]}", times, text, model=preset, batch=b,
-                 state=NAMES[state_dtype or torch.float32], tokens_per_s=here, floor=floor, earlier=earlier,
-                 target=target, error=error)  # fmt: skip
+    report.timed(key_of(preset, b, state_dtype), times, text, model=preset, batch=b, state=NAMES[state_dtype],
+                 tokens_per_s=here, floor=floor, earlier=earlier, target=target, error=error)  # fmt: skip
 
 
 def speeds(report, preset, batches):
     model = build(preset)
     for b in batches:
-        for state_dtype in (None, torch.bfloat16) if b >= 64 else (None,):
-            with report.row(f"{preset} b={b}, state {NAMES[state_dtype or torch.float32]}"):
+        for state_dtype in (torch.float32, torch.bfloat16) if b >= 64 else (torch.float32,):
+            with report.row(key_of(preset, b, state_dtype)):
                 speed(report, preset, model, b, state_dtype)
 
 
@@ -68,17 +70,17 @@ def accuracy(report):
     rows, length = READ
     text, source = real_text(rows * (length + 1))
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).view(rows, -1).long().to(DEVICE)
-    decoders = {}
+    loops = {}
     for weights in (torch.float32, torch.bfloat16):
         model = MambaLM.from_pretrained(folder, device=DEVICE, dtype=weights).eval()
         start = MambaState.zeros(model.config, rows, device=DEVICE, dtype=weights)
-        for state in (None, torch.bfloat16, torch.float16):
-            decoders[weights, state or torch.float32] = decoder(model, start, state_dtype=state)
-    sums = {key: torch.zeros(2, dtype=torch.float64, device=DEVICE) for key in decoders}
+        for state_dtype in NAMES:
+            loops[weights, state_dtype] = Loop(model, start, state_dtype)
+    sums = {key: torch.zeros(2, dtype=torch.float64, device=DEVICE) for key in loops}
     for now, following in zip(ids[:, :-1].unbind(1), ids[:, 1:].unbind(1), strict=True):
         exact = None
-        for key, each in decoders.items():
-            log_p = each.step(now)[:, : model.config.vocab_size].log_softmax(-1)
+        for key, loop in loops.items():
+            log_p = loop.step(now)[:, : model.config.vocab_size].log_softmax(-1)
             exact = log_p if exact is None else exact  # the first: all float32
             kl = (exact.exp() * (exact - log_p)).sum(-1).mean()
             sums[key] += torch.stack([kl, -log_p.gather(-1, following[:, None]).mean() / math.log(2)])

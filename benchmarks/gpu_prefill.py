@@ -23,7 +23,7 @@ import torch
 from anymamba.generate import PrefixCache, read
 from anymamba.generate.read import chunk_for
 from common import median
-from decoding import build, decoder, greedy_times, random_ids
+from decoding import Loop, build, greedy_times, random_ids
 from gpu_common import GpuReport, options, release, verdict
 
 PRESET = "130m"
@@ -86,11 +86,11 @@ def reads(report, model, quick):
 
 def position(report, model, quick):
     places = POSITIONS[:1] if quick else POSITIONS
-    decoders = {t: decoder(model, read(model, tokens(model, t)).state) for t in places}
+    loops = {t: Loop(model, read(model, tokens(model, t)).state) for t in places}
     times = {t: [] for t in places}
     for _ in range(6):
-        for t, each in decoders.items():
-            times[t].append(median(greedy_times(each, random_ids(model, 1), budget=0.0)))
+        for t, loop in loops.items():
+            times[t].append(median(greedy_times(loop, random_ids(model, 1), budget=0.0)))
     for t in places:
         report.timed(f"decode at {t}", times[t], f"{1 / median(times[t]):8.0f} tokens/s", t=t)
     if len(places) > 1:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymamba import MambaConfig, MambaState
 from common import median
-from decoding import DEVICE, build, decoder, greedy_times, random_ids, rate, state_of, step_bytes
+from decoding import DEVICE, Loop, build, greedy_times, random_ids, rate, state_of, step_bytes
 from gpu_common import GpuReport, graph_times, options, release
 
 SIZES = {"layers": 32, "width": 2560, "heads": 32, "hidden": 7296, "vocabulary": 50280}
@@ -150,7 +150,7 @@ def mamba(report, batches):
     found, model = {}, build(PRESET)
     for b in batches:
         with report.row(f"mamba b={b}"):
-            times = greedy_times(decoder(model, state_of(model, b)), random_ids(model, b), budget=0.7)
+            times = greedy_times(Loop(model, state_of(model, b)), random_ids(model, b), budget=0.7)
             found[b], floor = rate(times, b), step_bytes(model, b) / report.bandwidth
             text = f"{found[b]:9,.0f} tokens/s, {median(times) / floor:4.2f} × floor"
             report.timed(f"mamba b={b}", times, text, model="mamba", batch=b, tokens_per_s=found[b], floor=floor)
