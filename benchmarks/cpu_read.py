@@ -23,7 +23,7 @@ from common import Report, arguments, median, quiet
 from real_text import real_text
 
 LENGTHS = (10_000, 100_000, 1_000_000)
-ROUNDS = 3  # processes for each length, in turn: the machine's moods hit all of them alike
+ROUNDS = 2  # processes for each length, in turn: the machine's moods hit all of them alike
 TARGET = 1.05
 
 

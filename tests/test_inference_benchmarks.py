@@ -85,8 +85,8 @@ def script(monkeypatch):
     def load(name, **constants):
         decoding = importlib.import_module("decoding")
         monkeypatch.setattr(decoding, "DEVICE", "cpu")
-        monkeypatch.setattr(decoding, "TOKENS", 4)
-        monkeypatch.setattr(decoding.greedy_times, "__defaults__", (4, 1.0))
+        monkeypatch.setattr(decoding, "TOKENS", 2)
+        monkeypatch.setattr(decoding.greedy_times, "__defaults__", (2, 1.0))
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "torch", fake)
         for key, value in constants.items():
@@ -110,7 +110,7 @@ def rows(monkeypatch, capsys):
 
 
 def test_decoding(script, rows):
-    module = script("gpu_decode", READ=(2, 20), BATCHES={"2.8b": (1, 64), "130m": (16,)})
+    module = script("gpu_decode", READ=(1, 8), BATCHES={"2.8b": (1, 64), "130m": (16,)})
     code, found, out = rows(module)
     assert (code, "FAILED" in out, "WRONG" in out) == (0, False, False)
     speeds = {key: row for key, row in found.items() if " b=" in key}
@@ -125,7 +125,7 @@ def test_decoding(script, rows):
     exact, low = (found[f"weights fp32, state {dtype}"] for dtype in ("fp32", "bf16"))
     assert (exact["kl"], exact["more"]) == (0, 0)
     assert 0 < low["kl"] < 1e-2
-    assert 1 < exact["bits"] < 4  # the package's own model reads English
+    assert 1 < exact["bits"] < 6  # the package's own model reads English
 
 
 def test_a_decoder_that_is_wrong_shows(script, rows, monkeypatch):
