@@ -39,6 +39,11 @@ class Loop:
 
         self.decoder, self.state = Decoder(model, state_dtype=state_dtype), state
 
+    @property
+    def kept(self) -> torch.dtype:
+        """In what the states lie after a step: a decoder without kernels of its own may keep float32."""
+        return self.state.layers[0].ssm.dtype
+
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """The next logits (b,v), until the next step."""
         logits, self.state = self.decoder.step(ids, self.state)

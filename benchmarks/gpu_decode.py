@@ -39,6 +39,10 @@ def key_of(preset, b, state_dtype):
     return f"{preset} b={b}, state {NAMES[state_dtype]}"
 
 
+def kept(loop, state_dtype):
+    return "" if loop.kept == state_dtype else f", WRONG: states are kept in {NAMES[loop.kept]}"
+
+
 def speed(report, preset, model, b, state_dtype):
     """One line: tokens a second of b rows against the floor, mamba-ssm and the target."""
     loop = Loop(model, state_of(model, b), state_dtype)
@@ -50,7 +54,7 @@ def speed(report, preset, model, b, state_dtype):
     text += f"{here / earlier:4.2f} × mamba-ssm's {earlier:,}"
     if target is not None:
         text += f" (target ≥ {target:,}: {'met' if here >= target else 'NOT MET'})"
-    text += f", error {error:.3f}" + ("" if error <= LIMIT else " WRONG")
+    text += f", error {error:.3f}{'' if error <= LIMIT else ' WRONG'}{kept(loop, state_dtype)}"
     report.timed(key_of(preset, b, state_dtype), times, text, model=preset, batch=b, state=NAMES[state_dtype],
                  tokens_per_s=here, floor=floor, earlier=earlier, target=target, error=error)  # fmt: skip
 
@@ -80,7 +84,7 @@ def accuracy(report):
     for now, following in zip(ids[:, :-1].unbind(1), ids[:, 1:].unbind(1), strict=True):
         exact = None
         for key, loop in loops.items():
-            log_p = loop.step(now)[:, : model.config.vocab_size].log_softmax(-1)
+            log_p = loop.step(now)[:, : model.config.vocab_size].double().log_softmax(-1)  # KL is small
             exact = log_p if exact is None else exact  # the first: all float32
             kl = (exact.exp() * (exact - log_p)).sum(-1).mean()
             sums[key] += torch.stack([kl, -log_p.gather(-1, following[:, None]).mean() / math.log(2)])
@@ -89,6 +93,7 @@ def accuracy(report):
         kl, bits = (total / length).tolist()
         first = bits if first is None else first
         text = f"{bits:.5f} bits a byte ({bits - first:+.5f}), KL {kl:.2e} nats; {rows * length:,} bytes of {source}"
+        text += kept(loops[weights, state], state)
         report.add(f"weights {NAMES[weights]}, state {NAMES[state]}", text, kl=kl, bits=bits, more=bits - first)
 
 

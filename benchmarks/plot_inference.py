@@ -162,9 +162,9 @@ def prefill_table(result) -> str:
 def cpu_table(result) -> str:
     lines = [(f"{r['t']:,}", f"{r['tokens_per_s']:,.0f}", f"{r['bytes'] / 2**20:.1f}")
              for r in rows(result, "t", "tokens_per_s")]  # fmt: skip
-    head = ("tokens of a book", "tokens/s", "MiB beyond the start, at the peak")
-    where = f"{result['card']['processor']}, {result['card']['threads']} threads"
-    return f"Reading on a CPU, preset tiny, {where} (`cpu_read.py`):\n\n{table(head, lines)}"
+    head = ("tokens of a book", "tokens/s of processor time", "MiB beyond the start, at the peak")
+    where = result["card"]["processor"]
+    return f"Reading on a CPU, preset tiny, one thread of {where} (`cpu_read.py`):\n\n{table(head, lines)}"
 
 
 def tables(decode, other, prefill, cpu) -> str:

@@ -101,7 +101,7 @@ def test_all_figures(plot):
     plot.save("gpu_decode", decode_result())
     plot.save("gpu_transformer", transformer_result())
     plot.save("gpu_prefill", prefill_result())
-    cpu = {"processor": "a processor", "threads": 2}
+    cpu = {"processor": "a processor"}
     row = {"t": 100_000, "tokens_per_s": 50_000.0, "bytes": 17 << 20}
     plot.save("cpu_read", {"card": cpu, "rows": {"read t=100000": row, "memory": {"ratio": 1}}})
     assert plot.script.main() == 0

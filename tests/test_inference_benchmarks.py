@@ -50,6 +50,12 @@ class OnCpu(ModuleType):
         return getattr(torch, name)
 
 
+def use(decoder, monkeypatch):
+    module = ModuleType("anymamba.generate.decode")
+    module.Decoder = decoder
+    monkeypatch.setitem(sys.modules, "anymamba.generate.decode", module)
+
+
 def event_times(call, rounds):
     times = []
     for _ in range(rounds):
@@ -66,9 +72,7 @@ def script(monkeypatch):
     for name in SCRIPTS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     if importlib.util.find_spec("anymamba.generate.decode") is None:
-        stand_in = ModuleType("anymamba.generate.decode")
-        stand_in.Decoder = StandIn
-        monkeypatch.setitem(sys.modules, "anymamba.generate.decode", stand_in)
+        use(StandIn, monkeypatch)
     for preset in ("130m", "1.4b", "2.8b"):
         monkeypatch.setitem(PRESETS, preset, TOY)
     common, fake = importlib.import_module("gpu_common"), OnCpu()
@@ -109,8 +113,9 @@ def rows(monkeypatch, capsys):
     return run
 
 
-def test_decoding(script, rows):
-    module = script("gpu_decode", READ=(1, 8), BATCHES={"2.8b": (1, 64), "130m": (16,)})
+def test_decoding(script, rows, monkeypatch):
+    module = script("gpu_decode", READ=(1, 4), BATCHES={"2.8b": (1, 64), "130m": (16,)})
+    use(StandIn, monkeypatch)  # keeps states in the type asked for on every device
     code, found, out = rows(module)
     assert (code, "FAILED" in out, "WRONG" in out) == (0, False, False)
     speeds = {key: row for key, row in found.items() if " b=" in key}
@@ -134,6 +139,16 @@ def test_a_decoder_that_is_wrong_shows(script, rows, monkeypatch):
     _, found, out = rows(module, "130m", "--quick")
     assert "WRONG" in out
     assert found["130m b=1, state fp32"]["error"] > 0.5
+
+
+def test_states_that_are_not_kept_as_asked_show(script, rows, monkeypatch):
+    class Stubborn(StandIn):
+        def __init__(self, model, *, state_dtype):
+            super().__init__(model)
+
+    module = script("gpu_decode", BATCHES={"130m": (64,)})
+    use(Stubborn, monkeypatch)
+    assert rows(module, "130m")[2].count("WRONG: states are kept in fp32") == 1
 
 
 def test_a_row_that_fails_leaves_the_others(script, rows, monkeypatch):
