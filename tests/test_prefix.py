@@ -177,6 +177,15 @@ PrefixCache(model, every={EVERY}, folder={str(tmp_path)!r}).read({text[:50]})
     assert cache.tokens_saved == 48
 
 
+def test_the_model_is_named_once_not_for_every_file(model, text, tmp_path, monkeypatch):
+    named, real = [], model.fingerprint
+    monkeypatch.setattr(model, "fingerprint", lambda: named.append(1) or real())
+    cache = PrefixCache(model, every=EVERY, max_bytes=1, folder=tmp_path)
+    cache.read(text[:100])
+    cache.read(text[:100])
+    assert (len(list(tmp_path.iterdir())), cache.hits, len(named)) == (6, 1, 1)
+
+
 def test_what_memory_has_dropped_is_still_on_disk(model, text, nbytes, tmp_path):
     cache = PrefixCache(model, every=EVERY, max_bytes=nbytes, folder=tmp_path)
     cache.read([1, *text[:20]])

@@ -207,6 +207,10 @@ def test_chunks_follow_the_free_memory(model, monkeypatch):
     for free, chunk in [(None, 2048), (1 << 50, 2048), (4 * 1000 * per_token, 1000), (0, 256)]:
         monkeypatch.setattr(sizes, "free_memory", lambda device, free=free: free)
         assert sizes.chunk_for(model) == chunk
+    monkeypatch.setitem(sizes.LONGEST, "cpu", 1 << 40)
+    for free in (None, 1 << 50):
+        monkeypatch.setattr(sizes, "free_memory", lambda device, free=free: free)
+        assert 1 << 30 < sizes.chunk_for(model) * per_token < 2 << 30
     monkeypatch.undo()
     free = sizes.free_memory(torch.device("cpu"))
     if os.path.exists("/proc/meminfo"):

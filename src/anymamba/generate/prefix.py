@@ -10,10 +10,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.generate.checks import checked_prompts, require_positive
 from anymamba.generate.read import Reading, read_batch
@@ -44,11 +46,12 @@ class PrefixCache:
     ):
         require_positive("PrefixCache", every=every, max_bytes=max_bytes, max_disk_bytes=max_disk_bytes)
         self.model, self.every, self.max_bytes = model, every, max_bytes
-        self.disk = None if folder is None else _Disk(Path(folder), model, max_disk_bytes)
+        named = _Named(model.config, model.device, model.fingerprint())
+        self.disk = None if folder is None else _Disk(Path(folder), named, max_disk_bytes)
         self.hits = self.misses = self.tokens_saved = 0
         self.nbytes = 0  # of the states in memory
         self._states: OrderedDict[str, MambaState] = OrderedDict()  # the most recently used last
-        self._root = hashlib.sha256(model.fingerprint().encode()).digest()
+        self._root = hashlib.sha256(named.name.encode()).digest()
         self._lock = threading.Lock()  # around the books, never around the model
 
     def __len__(self) -> int:
@@ -128,11 +131,23 @@ class PrefixCache:
             self.nbytes -= self._states.popitem(last=False)[1].nbytes
 
 
+class _Named(NamedTuple):
+    """What state files ask of their model. Its fingerprint is taken once, not for every file: on a GPU that is a
+    transfer for every parameter, which the first token would wait for."""
+
+    config: MambaConfig
+    device: torch.device
+    name: str
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
 class _Disk:
     """State files in a folder, named by key; when one was last used is the time of its file. What goes wrong here is
     worth a note and costs time, never an answer."""
 
-    def __init__(self, folder: Path, model, max_bytes: int):
+    def __init__(self, folder: Path, model: _Named, max_bytes: int):
         self.folder, self.model, self.max_bytes = folder, model, max_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from anymamba.model import PIECE
 from anymamba.state import MambaState
 
 SHORTEST = 256  # tokens of a chunk: with fewer, weights are fetched more often than they are used
+MOST = 1.6 * 2**30  # bytes, by the estimate below, that a chunk may take where more are free: 2 GiB with all around it
 LONGEST = {"cpu": 2048, "gpu": 8 * PIECE}  # longer ones are no faster, and rarer to report and to interrupt
 
 
@@ -58,8 +59,8 @@ def read(
     ids: a list, a tensor, or an array, which may be mapped from disk.
     state: of one row, what was read before; None starts anew.
     chunk: tokens at a time. None takes as many as fit into a quarter of the memory that is free (of a CPU, what the
-        system says is available, of a GPU, what its driver says), at least 256, and at most 2048 on a CPU, where
-        longer ones are no faster, and on a GPU 65536, as many as a forward pass takes at once.
+        system says is available, of a GPU, what its driver says) and into 2 GiB, at least 256, and at most 2048 on a
+        CPU, where longer ones are no faster, and on a GPU 65536, as many as a forward pass takes at once.
     on_progress: called with the number of tokens read so far after each chunk.
 
     To keep what was read when a person interrupts, iterate over `reading` instead. Raises AnymambaError for ids that
@@ -142,7 +143,8 @@ def chunk_for(model: torch.nn.Module) -> int:
     """How many tokens `read` reads at a time: see there."""
     longest = LONGEST["cpu" if model.device.type == "cpu" else "gpu"]
     free = free_memory(model.device)
-    return longest if free is None else max(SHORTEST, min(longest, free // 4 // bytes_per_token(model)))
+    room = MOST if free is None else min(MOST, free / 4)
+    return max(SHORTEST, min(longest, int(room / bytes_per_token(model))))
 
 
 def bytes_per_token(model: torch.nn.Module) -> int:

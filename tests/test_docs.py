@@ -1,0 +1,144 @@
+"""The examples and commands of docs/inference.md run, and its figures are those of the results."""
+
+import json
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+import anymamba
+from conftest import REPO
+
+PAGE = REPO / "docs" / "inference.md"
+BOOKS = REPO / "src" / "anymamba" / "models" / "books"
+EXAMPLES = re.findall(r"<!-- example -->\n```python\n(.*?)```", PAGE.read_text(), re.S)
+[COMMANDS] = re.findall(r"<!-- commands -->\n```sh\n(.*?)```", PAGE.read_text(), re.S)
+
+
+def test_every_python_block_is_an_example():
+    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 4
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code, tmp_path, monkeypatch):
+    if "anymamba.generate.decode" in code:
+        pytest.importorskip("anymamba.generate.decode")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(PAGE), "exec"), {})
+
+
+def test_commands_run(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 2)
+    for line in COMMANDS.splitlines():
+        program, *arguments = shlex.split(line.replace("runs/NAME", str(BOOKS)))
+        code, out, err = command(*arguments)
+        assert (program, code) == ("anymamba", 0), err
+        assert out
+    assert (tmp_path / "later.state").stat().st_size < 2_000_000
+
+
+def test_every_file_linked_exists():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()) if not link.startswith("http")]
+    missing = [link for link in links if not (PAGE.parent / link).exists()]
+    if not hasattr(anymamba.generate, "decode"):  # loaded by the examples where it is there
+        missing = [link for link in missing if not link.endswith("decode.py")]
+    assert links
+    assert missing == []
+
+
+# ---- figures ----
+
+GPU = {"gpu": {"name": "a GPU"}}
+
+
+def decode_result():
+    speeds = {}
+    for model in ("2.8b", "130m"):
+        for b, state in ((1, "fp32"), (64, "fp32"), (64, "bf16")):
+            row = {"model": model, "batch": b, "state": state, "tokens_per_s": 100.0 * b}
+            speeds[f"{model} b={b}, state {state}"] = row | {"ms": 10.0, "floor": 0.008, "earlier": 77}
+    low = {"kl": 1.5e-6, "bits": 1.66391, "more": 0.0001}
+    failed = {"1.4b b=1, state fp32": {"error": "out of memory"}, "machine": {"copy": 1.0}}
+    return {"card": GPU, "rows": speeds | failed | {"weights fp32, state bf16": low}}
+
+
+def transformer_result():
+    contexts = {1: (512, 2048, 131072), 16: (512, 2048)}
+    steps = {f"transformer b={b} t={t}": {"model": "transformer", "batch": b, "context": t, "tokens_per_s": 1e6 / t}
+             for b, of in contexts.items() for t in of}  # fmt: skip
+    mamba = {f"mamba b={b}": {"model": "mamba", "batch": b, "tokens_per_s": 4000.0 * b} for b in contexts}
+    memory = {f"memory t={t}": {"context": t, "cache": t * 1000, "state": 20000} for t in contexts[1]}
+    left_out = {"transformer b=16 t=131072": {"missing": 10**12}}
+    return {"card": GPU, "rows": steps | mamba | memory | left_out}
+
+
+def prefill_result():
+    reads = {"read t=65536": {"t": 65536, "tokens_per_s": 1.3e6, "gib": 1.5}, "read: worst peak": {"gib": 1.5}}
+    position = {"decode at 1024": {"t": 1024, "ms": 0.25}, "decode at 1048576 over 1024": {"ratio": 1.001}}
+    return {"card": GPU, "rows": reads | position | {"first token: hit, in memory": {"ms": 12.5}}}
+
+
+@pytest.fixture
+def plot(monkeypatch, tmp_path):
+    """The script with folders of its own, and a function that saves a result there."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    import plot_inference
+
+    monkeypatch.setattr(plot_inference, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot_inference, "DOCS", tmp_path)
+    (tmp_path / "inference.md").write_text("# Before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n")
+
+    def save(name, result):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" + json.dumps(result) + "\n")
+
+    return SimpleNamespace(script=plot_inference, save=save, folder=tmp_path)
+
+
+def test_all_figures(plot):
+    pytest.importorskip("matplotlib")
+    plot.save("gpu_decode", decode_result())
+    plot.save("gpu_transformer", transformer_result())
+    plot.save("gpu_prefill", prefill_result())
+    cpu = {"processor": "a processor"}
+    row = {"t": 100_000, "tokens_per_s": 50_000.0, "bytes": 17 << 20}
+    plot.save("cpu_read", {"card": cpu, "rows": {"read t=100000": row, "memory": {"ratio": 1}}})
+    assert plot.script.main() == 0
+    page = (plot.folder / "inference.md").read_text()
+    assert page.startswith("# Before\n<!-- figures -->\nDecoding")
+    assert page.endswith("\n<!-- end of figures -->\nafter\n")
+    assert "old" not in page
+    for line in ("| 2.8b | 64 | 6,400 | 1.25 | 6,400 | 77 |", "| 130m | 1 | 100 | 1.25 |  | 77 |",
+                 "| weights fp32, state bf16 | 1.66391 | +0.00010 | 1.5e-06 |",
+                 "| 16 | 2,048 | 64,000 | 488 | 131.1 × |",
+                 "| reading 65,536 tokens | 1.30 M tokens/s, 1.50 GiB beyond the weights |",
+                 "| a token, decoded after 1,024 | 0.250 ms |", "| first token: hit, in memory | 12.5 ms |",
+                 "| 100,000 | 50,000 | 17.0 |"):  # fmt: skip
+        assert line in page
+    before = {}
+    for name in ("batch", "context", "memory"):
+        before[name] = (plot.folder / f"inference_{name}.svg").read_bytes()
+        assert (plot.folder / f"inference_{name}.png").stat().st_size > 10_000
+    plot.script.main()
+    assert (plot.folder / "inference.md").read_text() == page
+    assert all((plot.folder / f"inference_{name}.svg").read_bytes() == svg for name, svg in before.items())
+
+
+def test_figures_without_results_are_left_out_with_a_message(plot, capsys):
+    pytest.importorskip("matplotlib")
+    plot.save("gpu_prefill", prefill_result())
+    assert plot.script.main() == 0
+    messages = capsys.readouterr().err.splitlines()
+    assert [re.search(r"no (\w+)\.jsonl: left out", line).group(1) for line in messages] == [
+        "gpu_decode", "gpu_transformer", "cpu_read"]  # fmt: skip
+    assert list(plot.folder.glob("*.svg")) == []
+    assert "Long prompts" in (plot.folder / "inference.md").read_text()
+
+
+def test_a_page_without_its_marks_is_not_overwritten(plot):
+    pytest.importorskip("matplotlib")
+    (plot.folder / "inference.md").write_text("<!-- end of figures --> only")
+    with pytest.raises(SystemExit, match="must have <!-- figures --> and"):
+        plot.script.main()
+    assert (plot.folder / "inference.md").read_text() == "<!-- end of figures --> only"
