@@ -153,7 +153,7 @@ def test_generates(books, quantized, kind, launches):
     assert "quantized_rows" in launches
     agree = [next((i for i, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1), 24)
              for a, b in zip(want, got, strict=True)]  # fmt: skip
-    assert sum(agree) >= (70 if kind == "int8" else 35), agree
+    assert sum(agree) >= (60 if kind == "int8" else 20), agree
 
 
 @kinds
