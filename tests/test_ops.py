@@ -465,9 +465,9 @@ def test_linear(rows, k, outputs, dtype, launches):
             got, plain = linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
             exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
             assert_law(got, plain, exact)
-            for i in range(rows if dtype != torch.float16 else 0):  # one row of float16 is torch's
+            for i in range(rows):
                 assert (linear(x[:, i], weight, b)[0] == got[0, i]).all(), "a row does not depend on those beside it"
-    assert launches == ["linear_rows"] * (2 if dtype == torch.float16 else 2 + 2 * rows)
+    assert launches == ["linear_rows"] * (2 + 2 * rows)
 
 
 def test_linear_where_torch_is_as_good(launches):
@@ -475,9 +475,9 @@ def test_linear_where_torch_is_as_good(launches):
     with torch.no_grad():
         for a, w in (
             (x.double(), weight.double()),
-            (x.repeat(33, 1).float(), weight.float()),
+            (x.repeat(17, 1).float(), weight.float()),
             (x.repeat(9, 1), weight),
-            (x.half(), weight.half()),
+            (x.repeat(65, 1).half(), weight.half()),
             (x[:0], weight),
             (x, torch.randn(8, 5).bfloat16().t()),
         ):

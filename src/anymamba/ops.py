@@ -26,9 +26,10 @@ from anymamba.registration import check_bounds
 __all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear",
            "quantized_linear", "selective_scan", "selective_step_"]  # fmt: skip
 
-# numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, see docs/decisions.md
-FEW_ROWS = {torch.float32: range(1, 33), torch.bfloat16: range(1, 9), torch.float16: range(2, 33),
-            torch.int8: range(1, 33), torch.uint8: range(1, 33)}  # fmt: skip
+# numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, by the weight's dtype (uint8 holds
+# 4-bit weights), see docs/decisions.md
+FEW_ROWS = {torch.float32: range(1, 17), torch.bfloat16: range(1, 9), torch.float16: range(1, 65),
+            torch.int8: range(1, 65), torch.uint8: range(1, 65)}  # fmt: skip
 
 
 # ---- public functions ------------------------------------------------------------------------------------------
