@@ -49,7 +49,7 @@ def quantized(books):
 @bits
 @pytest.mark.parametrize("inputs", [1, 16, 31, 32, 37, 64, 65, 200])
 def test_round_trip_is_within_half_a_step(inputs, bits):
-    weight = weight_of(5, inputs)
+    weight, top = weight_of(5, inputs), 2 ** (bits - 1) - 1
     weight[3] = 0
     whole, scale = quantize_weight(weight, bits)
     back = dequantize_weight(whole, scale, inputs, torch.float32)
@@ -58,18 +58,21 @@ def test_round_trip_is_within_half_a_step(inputs, bits):
     assert whole.dtype == (torch.int8 if bits == 8 else torch.uint8)
     for i in range(0, inputs, group):
         part = weight[:, i : i + group]
-        step = part.abs().amax(1, keepdim=True) / (127 if bits == 8 else 7)
-        assert ((back[:, i : i + group] - part).abs() <= 0.5001 * step).all()
+        step = part.abs().amax(1, keepdim=True) / (top + 1)
+        assert torch.allclose(step, scale[:, i // group, None].abs())
+        beyond = part / scale[:, i // group, None] > top  # only as far below as the largest is above 0, or the reverse
+        assert ((back[:, i : i + group] - part).abs() <= torch.where(beyond, 1.0001, 0.5001) * step).all()
     assert (back[3] == 0).all()
 
 
 @bits
-def test_what_fits_the_integers_comes_back_exactly(bits):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_fits_the_integers_comes_back_exactly(sign, bits):
     top = 2 ** (bits - 1) - 1
-    whole = torch.arange(-top, top + 1).repeat(9)[:128].float()[None]
-    whole[:, ::64] = top  # every group holds its largest
+    weight = torch.arange(-top - 1, top + 1).repeat(8)[:128].float()[None] / 4 * sign
+    weight[:, ::64] = (-top - 1) / 4 * sign  # every group holds its largest
     for dtype in (torch.float32, torch.float64):
-        assert (dequantize_weight(*quantize_weight(whole / 4, bits), 128, dtype) == (whole / 4).to(dtype)).all()
+        assert (dequantize_weight(*quantize_weight(weight, bits), 128, dtype) == weight.to(dtype)).all()
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
