@@ -201,7 +201,7 @@ def prefill(report, bandwidth, folder):
     for name, peer in peers(report, names, folder).items():
         functions[f"llama.cpp {PEERS[name]}"] = functools.partial(peer.read, ids[0].tolist())
         sizes[f"llama.cpp {PEERS[name]}"] = peer.nbytes
-    times = measure(functions, rounds=7)
+    times = measure(functions, rounds=5)
     show(report, f"prefill {PREFILL}", times, sizes, dict.fromkeys(times, PREFILL), bandwidth)
 
 
