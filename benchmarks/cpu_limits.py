@@ -44,3 +44,9 @@ def copy_bandwidth() -> float:
     x = torch.empty(64 << 20).normal_()
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / min(measure({"copy": lambda: y.copy_(x)}, rounds=5)["copy"])
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over an array larger than any cache, all threads: what decoding cannot exceed."""
+    x = torch.empty(64 << 20).normal_()
+    return x.numel() * 4 / min(measure({"read": x.sum}, rounds=9)["read"])

@@ -81,3 +81,13 @@ def test_picture_of_the_lengths(monkeypatch, tmp_path):
     assert (tmp_path / "gpu_length.svg").read_bytes() == first
     monkeypatch.setattr(plot_length, "RESULTS", tmp_path / "none")
     assert plot_length.main() == 1
+
+
+def test_llama_is_skipped_with_a_reason(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import common
+    import cpu_llama
+
+    monkeypatch.setattr(cpu_llama.importlib.util, "find_spec", lambda name: None)
+    assert cpu_llama.peers(common.Report("cpu_llama"), ["fp32"], "nowhere") == {}
+    assert "llama_cpp and gguf not installed (pip install llama-cpp-python gguf)" in capsys.readouterr().out

@@ -455,16 +455,19 @@ def test_opcheck_norm(dtype, residual):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k", "outputs"), [(1, 1), (16, 3), (37, 130), (64, 65), (200, 64)])
-def test_linear(k, outputs, dtype, launches):
+@pytest.mark.parametrize("rows", [2, 4, 7, 8])
+def test_linear(rows, k, outputs, dtype, launches):
     generator = torch.Generator().manual_seed(k)
-    x = torch.randn(2, 2, k, generator=generator).to(dtype)
+    x = torch.randn(1, rows, k, generator=generator).to(dtype)
     weight, bias = torch.randn(outputs, k, generator=generator).to(dtype), torch.randn(outputs).to(dtype)
     with torch.no_grad():
         for b in (None, bias):
             got, plain = linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
             exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
             assert_law(got, plain, exact)
-    assert launches == ["linear_rows"] * 2
+            for i in range(rows):
+                assert (linear(x[:, i], weight, b)[0] == got[0, i]).all(), "a row does not depend on those beside it"
+    assert launches == ["linear_rows"] * (2 + 2 * rows)
 
 
 def test_linear_where_torch_is_as_good(launches):
@@ -472,9 +475,9 @@ def test_linear_where_torch_is_as_good(launches):
     with torch.no_grad():
         for a, w in (
             (x.double(), weight.double()),
-            (x.repeat(9, 1).float(), weight.float()),
-            (x.repeat(5, 1), weight),
-            (x.half(), weight.half()),
+            (x.repeat(17, 1).float(), weight.float()),
+            (x.repeat(9, 1), weight),
+            (x.repeat(65, 1).half(), weight.half()),
             (x[:0], weight),
             (x, torch.randn(8, 5).bfloat16().t()),
         ):

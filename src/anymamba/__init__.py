@@ -14,6 +14,7 @@ _HOME = {
     "causal_conv1d": "ops",
     "causal_conv1d_step_": "ops",
     "explain": "ops",
+    "quantize": "layers",
     "selective_scan": "ops",
     "selective_step_": "ops",
 }

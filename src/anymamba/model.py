@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.layers import Block, Linear, MambaMixer, RMSNorm, is_bare, linear_cross_entropy
+from anymamba.layers import (
+    Block,
+    Linear,
+    MambaMixer,
+    QuantizedLinear,
+    RMSNorm,
+    is_bare,
+    linear_cross_entropy,
+)  # fmt: skip
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState
 
@@ -249,7 +257,11 @@ class MambaLM(nn.Module):
     def num_params(self, embedding: bool = True) -> int:
         """Number of parameters (shared ones once); `embedding=False` leaves embedding and head out."""
         skip = () if embedding else ("backbone.embedding.", "lm_head.")
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(skip or ("\0",)))
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedLinear) and not (name == "lm_head" and self.config.tie_embeddings):
+                sizes[f"{name}.weight"] = module.in_features * module.out_features
+        return sum(size for name, size in sizes.items() if not name.startswith(skip or ("\0",)))
 
     def flops_per_token(self) -> int:
         """Floating-point operations of a forward pass a token; forward and backward take about three times that.
@@ -264,7 +276,10 @@ class MambaLM(nn.Module):
 
     def bytes_per_step(self, batch_size: int = 1) -> int:
         """Bytes that decoding one token for every row must move: all weights once, the state read and written."""
-        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        read = [*self.parameters(), *self.buffers()]
+        if self.config.vocab_size is not None and self.lm_head.weight is not self.backbone.embedding.weight:
+            read = [v for v in read if v is not self.backbone.embedding.weight]  # only looked up, a row a token
+        weights = sum(v.numel() * v.element_size() for v in read)
         return weights + 2 * MambaState.zeros(self.config, batch_size, dtype=self.backbone.norm_f.weight.dtype).nbytes
 
     @torch.no_grad()
@@ -274,7 +289,7 @@ class MambaLM(nn.Module):
         The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
         """
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for name, p in sorted(self.named_parameters()):
+        for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
         c = self.config

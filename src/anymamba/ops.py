@@ -6,6 +6,7 @@
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
 | `linear` | torch | kernels/numba_linear.py for a few rows, else torch | torch | torch |
+| `quantized_linear` | reference/quantized.py | kernels/numba_quantized.py for a few rows, else reference | reference | |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
 Functions return `(y, final_state)` and change nothing; only `*_step_` write, into their first argument.
@@ -22,11 +23,13 @@ from anymamba.backends import BACKENDS, choose, explain
 from anymamba.errors import AnymambaError
 from anymamba.registration import check_bounds
 
-__all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear", "selective_scan",
-           "selective_step_"]  # fmt: skip
+__all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear",
+           "quantized_linear", "selective_scan", "selective_step_"]  # fmt: skip
 
-# numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, see docs/decisions.md
-FEW_ROWS = {torch.float32: range(1, 9), torch.bfloat16: range(1, 5), torch.float16: range(2, 9)}
+# numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, by the weight's dtype (uint8 holds
+# 4-bit weights), see docs/decisions.md
+FEW_ROWS = {torch.float32: range(1, 17), torch.bfloat16: range(1, 9), torch.float16: range(1, 65),
+            torch.int8: range(1, 65), torch.uint8: range(1, 65)}  # fmt: skip
 
 
 # ---- public functions ------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     There, for a few rows and without gradients, a kernel reads each weight from memory once.
     """
-    if not _few_rows(x, weight):
+    if x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or not _few_rows(x, weight):
         return F.linear(x, weight, bias)
     from anymamba.kernels.numba_linear import linear
 
@@ -174,14 +177,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of a weight that `reference.quantize_weight` made: integers (outputs,k), scale (outputs,groups) float32.
+
+    For a few rows on a CPU a kernel reads the integers once; for more, and elsewhere, they are widened to x's dtype
+    first. No gradients reach the weight.
+    """
+    if not _few_rows(x, weight):
+        return F.linear(x, reference.dequantize_weight(weight, scale, x.shape[-1], x.dtype), bias)
+    from anymamba.kernels.numba_quantized import linear
+
+    y = linear(x.reshape(-1, x.shape[-1]), weight, scale)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
 def _few_rows(x, weight):
     rows = FEW_ROWS.get(weight.dtype)
-    if rows is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != weight.dtype:
+    if rows is None or x.dtype not in FEW_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if is_in_torch_dispatch_mode():  # someone watches torch's operators, to count operations for example
         return False
     plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
-    if not plain or weight.device.type != "cpu" or x.device != weight.device or x.shape[-1] != weight.shape[1]:
+    if not plain or weight.device.type != "cpu" or x.device != weight.device:
         return False
     return x.numel() // max(x.shape[-1], 1) in rows and explain("cpu", x.dtype)[0] == "numba"
 

@@ -9,6 +9,7 @@ import torch
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
+from anymamba.layers import QuantizedLinear
 from anymamba.model import MambaLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -17,9 +18,14 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def save(model: MambaLM, folder: str | os.PathLike) -> None:
     """Write the model's weights and config to a folder, made if missing; each file atomically.
 
-    Raises AnymambaError if the folder cannot be written or the disk is full; files that were there stay whole.
+    Raises AnymambaError if the folder cannot be written, the disk is full, or the model is quantised; files that were
+    there stay whole.
     """
     from safetensors.torch import save_file
+
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise AnymambaError("a quantised model cannot be saved: save the model that it was made from, and quantise "
+                            "after loading, anymamba.quantize(MambaLM.from_pretrained(folder))")  # fmt: skip
 
     folder = Path(folder)
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from anymamba.data import Tokenizer
 from anymamba.data.tokens import tokenised
 from anymamba.errors import AnymambaError
+from anymamba.layers import quantize
 from anymamba.train.evaluate import Evaluation, evaluate
 from anymamba.train.runs import load_run
 
@@ -21,6 +22,7 @@ examples:
   anymamba eval runs/NAME notes/ --context 4096
   anymamba eval runs/NAME book.txt --no-carry --context 256    windows that do not know what stands before them
   anymamba eval runs/NAME posts.jsonl --field body --json
+  anymamba eval runs/NAME book.txt --quantize int4         what the model loses with 4-bit weights
 """
 
 
@@ -30,6 +32,7 @@ class Options:
     data: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE …")]  # files and folders
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
     tokenizer: str | None = None  # the run's own if none
+    quantize: Literal["int8", "int4"] | None = None  # weights as integers: faster on a CPU, a little less exact
     context: int = 1024  # tokens read at once
     carry: bool = True  # read the text as one, the state going from each context to the next
     batch_size: int = 8  # contexts at a time with --no-carry
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> int:
     if not options.data:
         raise AnymambaError("no text to measure on: anymamba eval RUN FILE …")
     model, tokenizer = load_run(options.run, options.tokenizer)
+    if options.quantize:
+        quantize(model, options.quantize)
     tokens, size = read_tokens(options.data, options.field, tokenizer)
     result = _with_progress(model, tokens, size / len(tokens), options)
     print(_json(result, options) if options.json else _text(result, options))

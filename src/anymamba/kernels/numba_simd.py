@@ -5,8 +5,8 @@ the vector units or not at all. LLVM's loop vectoriser needs proofs (no aliasing
 cannot give; a vector *type* needs none. `<16 x float>` is one AVX-512 register, two AVX2 or four NEON registers:
 LLVM splits it to whatever the machine has, so the same source is fast on every CPU.
 
-Storage types: float32 arrays hold float32, int16 arrays hold bfloat16 bits, uint16 arrays hold float16 bits.
-Arithmetic is always float32.
+Storage types: float32 arrays hold float32, int16 arrays hold bfloat16 bits, uint16 arrays hold float16 bits; of
+quantised weights int8 arrays hold 8-bit integers, uint8 arrays two 4-bit ones a byte. Arithmetic is always float32.
 """
 
 import operator
@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from anymamba.kernels import LANES
 
-F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+F32, I32, I16, I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 VF, VI, VH, VB = (ir.VectorType(t, LANES) for t in (F32, I32, I16, ir.IntType(1)))
 
 
@@ -176,7 +176,7 @@ def _pointer(context, builder, ty, value, index):
     return builder.gep(value, [index], source_etype=_ELEMENT[ty.dtype])
 
 
-_ELEMENT = {types.float32: F32, types.int16: I16, types.uint16: I16}
+_ELEMENT = {types.float32: F32, types.int16: I16, types.uint16: I16, types.int8: I8, types.uint8: I8}
 
 
 def _widen(builder, v, dtype):
@@ -224,6 +224,47 @@ def load(typingctx, arr, index, count):
         return _widen(builder, builder.load(out), sig.args[0].dtype)
 
     return vec(arr, index, count), codegen
+
+
+@intrinsic
+def load_integers(typingctx, arr, index):
+    """32 weights as two vectors: 32 bytes of an int8 array from `index` on, or 16 of a uint8 array from index / 2 on,
+    whose low halves are the first vector and whose high halves the second, both in two's complement."""
+    packed = arr.dtype == types.uint8
+
+    def codegen(context, builder, sig, args):
+        index_ = context.cast(builder, args[1], sig.args[1], types.int64)
+        at = builder.ashr(index_, ir.Constant(index_.type, 1)) if packed else index_
+        vt = ir.VectorType(I8, LANES if packed else 2 * LANES)
+        ins = builder.load(builder.bitcast(_pointer(context, builder, sig.args[0], args[0], at), vt.as_pointer()))
+        ins.align = 1
+        if packed:
+            wide = builder.sext(ins, VI)
+            low = builder.ashr(builder.shl(wide, constant(I32, 28)), constant(I32, 28))
+            parts = [low, builder.ashr(wide, constant(I32, 4))]
+        else:
+            parts = [
+                builder.sext(builder.shuffle_vector(ins, ins, ir.Constant(VI, list(range(first, first + LANES)))), VI)
+                for first in (0, LANES)
+            ]
+        return context.make_tuple(builder, sig.return_type, [builder.sitofp(v, VF) for v in parts])
+
+    return types.UniTuple(vec, 2)(arr, index), codegen
+
+
+@intrinsic
+def prefetch(typingctx, arr, index, ahead):
+    """Ask for the memory `ahead` bytes after an element: the processor's own prefetcher stops at pages of 4 KB."""
+
+    def codegen(context, builder, sig, args):
+        index_, ahead_ = (context.cast(builder, args[k], sig.args[k], types.int64) for k in (1, 2))
+        p = builder.bitcast(_pointer(context, builder, sig.args[0], args[0], index_), I8.as_pointer())
+        read, keep, data = (ir.Constant(I32, v) for v in (0, 3, 1))
+        p = builder.gep(p, [ahead_], source_etype=I8)
+        call_llvm(builder, "llvm.prefetch.p0", [p, read, keep, data], ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(arr, index, ahead), codegen
 
 
 @intrinsic

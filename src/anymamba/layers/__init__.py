@@ -5,5 +5,7 @@ from anymamba.layers.linear import Linear
 from anymamba.layers.loss import is_bare, linear_cross_entropy
 from anymamba.layers.mamba import MambaMixer, StepProjection
 from anymamba.layers.norm import RMSNorm
+from anymamba.layers.quantized import QuantizedLinear, quantize
 
-__all__ = ["Block", "Linear", "MambaMixer", "RMSNorm", "StepProjection", "is_bare", "linear_cross_entropy"]
+__all__ = ["Block", "Linear", "MambaMixer", "QuantizedLinear", "RMSNorm", "StepProjection", "is_bare",
+           "linear_cross_entropy", "quantize"]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from anymamba.reference.conv import causal_conv1d, causal_conv1d_step_
 from anymamba.reference.norm import add_rms_norm, rms_norm
+from anymamba.reference.quantized import dequantize_weight, quantize_weight
 from anymamba.reference.selective import selective_scan, selective_step_
 
-__all__ = ["add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "rms_norm", "selective_scan", "selective_step_"]
+__all__ = ["add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "dequantize_weight", "quantize_weight", "rms_norm",
+           "selective_scan", "selective_step_"]  # fmt: skip
