@@ -70,7 +70,7 @@ class MambaState:
 
         Raises AnymambaError for an index that does not exist.
         """
-        index = torch.as_tensor(rows, device=self.seen.device)
+        index = torch.as_tensor(rows)  # a list is checked here: to look at it on a GPU would stop that
         if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
             raise AnymambaError(f"state.select: rows are {index.dtype}, but must be integers, the indices of rows")
         index = index.to(torch.int64)
@@ -78,6 +78,7 @@ class MambaState:
             raise AnymambaError(
                 f"state.select: rows {index.tolist()}, but the state has rows 0 … {self.batch_size - 1}"
             )
+        index = index.to(self.seen.device)
         return self._map(lambda v: v.index_select(0, index))
 
     def fork(self, copies: int) -> Self:

@@ -18,7 +18,7 @@ from anymamba.generate.checks import check_rules, checked_prompts, checked_state
 from anymamba.generate.decode import Decoder
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Row, Rules, read
-from anymamba.generate.sampling import choose_each, row_generators
+from anymamba.generate.sampling import Drawn, choose_each, row_generators
 from anymamba.state import LayerState, MambaState
 
 
@@ -232,9 +232,17 @@ class Engine:
             batch = self._batch
             if not batch.rows:
                 return
-            ids, events = self._write(batch)
-            batch.logits, batch.state = self._decoder.step(ids, batch.state)
-            ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason]
+            of_rows = zip(
+                *((row.rules.sampling, row.generator, row.ids, row.prompt) for row in batch.rows), strict=True
+            )
+            drawn = Drawn(choose_each(batch.logits, *of_rows), batch.logits)
+            ahead = batch.logits.is_cuda
+            if ahead:  # a GPU reads the tokens before anyone here has seen them
+                batch.logits, batch.state = self._decoder.step(drawn.ids, batch.state)
+            events = self._write(batch, drawn.tokens())
+            if not ahead:
+                batch.logits, batch.state = self._decoder.step(drawn.ids, batch.state)
+            ended = [(i, row) for i, row in enumerate(batch.rows) if row.finish_reason in ("stop", "length")]
             completions = [row.completion(batch.state.select([i])) for i, row in ended]
         except BaseException as error:  # of an interrupt, too: rows may have a token that was not read
             with self._changed:
@@ -247,28 +255,26 @@ class Engine:
                 batch.handles[i]._events.append(replace(events[i], completion=completion))
                 self._complete(batch.handles[i], completion)
 
-    def _write(self, batch):
-        """Draw the next id (b,) of each row, and tell those who wait of the tokens that are not a row's last."""
-        of_rows = zip(*((row.rules.sampling, row.generator, row.ids, row.prompt) for row in batch.rows), strict=True)
-        ids = choose_each(batch.logits, *of_rows)
-        logprobs = batch.logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
-        events = [row.push(*new) for row, *new in zip(batch.rows, ids.tolist(), logprobs, strict=True)]
+    def _write(self, batch, tokens):
+        """Tell those who wait of each row's next token, if it is not its last. A row without one fails alone."""
+        events = [None if id < 0 else row.push(id, p) for row, (id, p) in zip(batch.rows, tokens, strict=True)]
         with self._changed:
-            self._counts["generated_tokens"] += len(events)
+            self._counts["generated_tokens"] += sum(event is not None for event in events)
             for handle, row, event in zip(batch.handles, batch.rows, events, strict=True):
-                if not row.finish_reason:
+                if event is None:
+                    self._fail(_broken(), [(handle, row)])
+                elif not row.finish_reason:
                     handle._events.append(event)
             self._changed.notify_all()
-        return ids, events
+        return events
 
     def _drop_broken(self):
-        """A row whose logits are NaN fails alone: the others must not fail with it."""
+        """A row whose logits are NaN fails alone: the others must not fail with it. (On a GPU its next id says so.)"""
         batch = self._batch
-        if batch.rows and not (healthy := batch.logits.amax(-1).isfinite()).all():
-            text = "engine: the next token's logits are NaN or all -inf; check the model's weights, or the state given"
+        if batch.rows and not batch.logits.is_cuda and not (healthy := batch.logits.amax(-1).isfinite()).all():
             broken = [(batch.handles[i], batch.rows[i]) for i in (~healthy).nonzero()[:, 0].tolist()]
             with self._changed:
-                self._fail(AnymambaError(text), broken)
+                self._fail(_broken(), broken)
                 self._batch = batch.select(batch.going())
 
     # ---- what a request goes through; the lock is held ----
@@ -309,6 +315,11 @@ class Engine:
         prompt = prompt.clone()  # the caller's may change before it is read
         rows = [Row(rules, 0, i, prompt, generator) for i, generator in enumerate(generators)]
         return _Job(Handle(request, self), prompt, rows, checked_state(self._model, request.state))
+
+
+def _broken() -> AnymambaError:
+    return AnymambaError("engine: the next token's logits are NaN or all -inf; check the model's weights, or the state "
+                         "given")  # fmt: skip
 
 
 def _batch_of(jobs, logits, state) -> _Batch:

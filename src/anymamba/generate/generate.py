@@ -17,7 +17,7 @@ from anymamba.generate.decode import Decoder
 from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.read import read_batch
 from anymamba.generate.rows import Completion, Row, Rules, TokenEvent, read
-from anymamba.generate.sampling import SamplingConfig, choose, mask_padding, row_generators
+from anymamba.generate.sampling import Drawn, SamplingConfig, choose, mask_padding, no_choice, row_generators
 from anymamba.state import MambaState
 
 _DEFAULT = SamplingConfig()
@@ -105,23 +105,31 @@ def stream(
 def _tokens(model, prompts, start, rules, generators) -> Iterator[TokenEvent]:
     """Every token of every row. A prompt is read once for all its rows; a row leaves the batch when it ends."""
     logits, state = _prefill(model, prompts, start)
-    decoder = Decoder(model)
+    decoder, ahead = Decoder(model), logits.is_cuda
     rows = [Row(rules, p, i, prompts[p], g) for p, of_p in enumerate(generators) for i, g in enumerate(of_p)]
     going = [row.prompt_index for row in rows]
     while rows:
         if len(going) != len(logits):
             logits, state = logits[going], state.select(going)
         texts = ([row.ids for row in rows], [row.prompt for row in rows])
-        ids = choose(logits, rules.sampling, [row.generator for row in rows], *texts)
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
-        events = [row.push(*new) for row, *new in zip(rows, ids.tolist(), logprobs, strict=True)]
+        drawn = Drawn(choose(logits, rules.sampling, [row.generator for row in rows], *texts), logits)
+        if ahead:  # a GPU reads the tokens before anyone here has seen them
+            logits, state = decoder.step(drawn.ids, state)
+        events = [_push(i, row, *new) for i, (row, new) in enumerate(zip(rows, drawn.tokens(), strict=True))]
         yield from (event for row, event in zip(rows, events, strict=True) if not row.finish_reason)
-        logits, state = decoder.step(ids, state)  # rows that end read their last token, too
+        if not ahead:
+            logits, state = decoder.step(drawn.ids, state)
         for i, row in enumerate(rows):
-            if row.finish_reason:
+            if row.finish_reason:  # its last token has been read, too
                 yield replace(events[i], completion=row.completion(state.select([i])))
         going = [i for i, row in enumerate(rows) if not row.finish_reason]
         rows = [rows[i] for i in going]
+
+
+def _push(i, row, token, logprob):
+    if token < 0:
+        raise no_choice(i)
+    return row.push(token, logprob)
 
 
 class _Start(NamedTuple):

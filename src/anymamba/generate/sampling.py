@@ -145,7 +145,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     equal to that one (nucleus sampling, Holtzman et al. 2020)."""
     probabilities = logits.softmax(-1)
     ranked = probabilities.topk(min(_HEAD, logits.shape[-1])).values
-    if (ranked.sum(-1) < p).any():
+    if logits.is_cuda or (ranked.sum(-1) < p).any():  # to look would stop a GPU
         ranked = probabilities.sort(descending=True).values
     last = _crossing(ranked, p)
     return _keep(logits, probabilities >= ranked.gather(-1, last))
@@ -169,10 +169,12 @@ def typical(logits: Tensor, p: float) -> Tensor:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The highest logit of each row, the lowest id among equals: ids (b,). Raises AnymambaError for a row with NaN."""
+    """The highest logit of each row, the lowest id among equals: ids (b,).
+
+    Raises AnymambaError for a row with NaN; on a GPU, where to look would stop it, its id is -1.
+    """
     highest, ids = logits.max(-1)
-    _require_choice(highest.isfinite(), "logits")
-    return ids
+    return _where_possible(highest.isfinite(), ids, "logits")
 
 
 def sample(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
@@ -180,7 +182,7 @@ def sample(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator
 
     With a list, row i draws one number from generator i, so what it gets does not depend on the rows beside it.
     Generators belong on the CPU, where a seed means the same on every machine; the logits may be anywhere.
-    Raises AnymambaError for a list of the wrong length and for a row with NaN or nothing but -inf.
+    Raises AnymambaError for a list of the wrong length, and as `greedy` for a row with NaN or nothing but -inf.
     """
     rows = logits.shape[0]
     if generator is None or isinstance(generator, torch.Generator):
@@ -193,10 +195,10 @@ def sample(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple GPUs have no float64
     cumulated = logits.to(dtype).softmax(-1).cumsum(-1)
     total = cumulated[:, -1:].contiguous()
-    _require_choice(total > 0, "probabilities")
-    ids = torch.searchsorted(cumulated, u[:, None].to(total) * total, right=True)
+    u = on_device(u[:, None].to(dtype), logits.device)
+    ids = torch.searchsorted(cumulated, u * total, right=True)
     last_possible = torch.searchsorted(cumulated, total)  # should u · total round up to total
-    return torch.minimum(ids, last_possible)[:, 0]
+    return _where_possible(total[:, 0] > 0, torch.minimum(ids, last_possible)[:, 0], "probabilities")
 
 
 def choose(
@@ -209,8 +211,8 @@ def choose(
     """The next id (b,) of each row, from the model's logits (b, v), what the row has written so far, and its prompt."""
     counts = seen = None
     if config.needs_counts:
-        counts = count_tokens(written, logits.shape[1]).to(logits.device)
-        seen = counts + count_tokens(prompts, logits.shape[1]).to(logits.device) > 0
+        counts = on_device(count_tokens(written, logits.shape[1]), logits.device)
+        seen = counts + on_device(count_tokens(prompts, logits.shape[1]), logits.device) > 0
     logits = process(logits, config, counts, seen)
     return greedy(logits) if config.is_greedy else sample(logits, generator)
 
@@ -232,8 +234,35 @@ def choose_each(
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for config, rows in zip(kinds, groups, strict=True):
         of_rows = ([values[row] for row in rows] for values in (generators, written, prompts))
-        ids[rows] = choose(logits if len(groups) == 1 else logits[rows], config, *of_rows)
+        if len(groups) == 1:
+            return choose(logits, config, *of_rows)
+        index = on_device(torch.tensor(rows), logits.device)
+        ids.index_copy_(0, index, choose(logits.index_select(0, index), config, *of_rows))
     return ids
+
+
+class Drawn:
+    """Chosen ids on their way to the host. Until they are there, a GPU can go on with `ids` (b,) by itself."""
+
+    def __init__(self, ids: Tensor, logits: Tensor):
+        self.ids = ids.clamp(min=0)
+        logprobs = logits.log_softmax(-1).gather(-1, self.ids[:, None])[:, 0]
+        both = torch.stack([ids.float(), logprobs.float()])  # ids are exact below 2²⁴
+        self._there = torch.cuda.Event() if both.is_cuda else None
+        self._both = both.to("cpu", non_blocking=both.is_cuda)
+        if self._there is not None:
+            self._there.record()
+
+    def tokens(self) -> list[tuple[int, float]]:
+        """Waits: (id, logprob) of each row; id -1 where there was none to choose."""
+        if self._there is not None:
+            self._there.synchronize()
+        return [(int(id), logprob) for id, logprob in zip(*self._both.tolist(), strict=True)]
+
+
+def on_device(v: Tensor, device: torch.device) -> Tensor:
+    """v, from the CPU, on another device; nothing waits for what a GPU is doing."""
+    return v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else v.to(device)
 
 
 def count_tokens(sequences: Sequence[Sequence[int] | Tensor], vocab_size: int) -> Tensor:
@@ -280,9 +309,15 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require_choice(possible, what):
+def _where_possible(possible, ids, what):
+    if possible.is_cuda:
+        return ids.masked_fill(~possible, -1)
     if not possible.all():
-        row = int((~possible).flatten().nonzero()[0])
-        raise AnymambaError(
-            f"row {row} has no token to choose: its {what} are NaN or all -inf; check the model's weights and input"
-        )
+        raise no_choice(int((~possible).nonzero()[0]), what)
+    return ids
+
+
+def no_choice(row: int, what: str = "logits") -> AnymambaError:
+    return AnymambaError(
+        f"row {row} has no token to choose: its {what} are NaN or all -inf; check the model's weights and input"
+    )
