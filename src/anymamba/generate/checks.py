@@ -6,13 +6,18 @@ from numbers import Integral
 import torch
 
 from anymamba.errors import AnymambaError
+from anymamba.ids import WHOLE, as_ids
 from anymamba.state import MambaState
 
 
 def checked_prompts(model, prompts, state, logits=None, cache=None):
     """Each prompt as a tensor (t,) of int64."""
     require_vocabulary("generate", model)
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+    try:
+        prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+    except TypeError:
+        raise AnymambaError(f"generate: prompts={prompts!r}, but it must be a list of prompts, of ids each") from None
+    if any(isinstance(prompt, str | bytes) for prompt in prompts):
         raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
     if len(prompts) == 0:
         raise AnymambaError("generate: no prompts; pass a list of at least one")
@@ -20,7 +25,7 @@ def checked_prompts(model, prompts, state, logits=None, cache=None):
         rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
         raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
     _check_start(model, len(prompts), state, logits, cache)
-    prompts = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
+    prompts = [as_ids(prompt, f"generate: prompt {p}").cpu() for p, prompt in enumerate(prompts)]
     for p, ids in enumerate(prompts):
         if ids.dim() != 1:
             raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
@@ -32,7 +37,7 @@ def checked_prompts(model, prompts, state, logits=None, cache=None):
 
 def checked_ids(ids, vocab_size, who, offset=0):
     """ids (t,) as int64. `offset` is where they stand in the whole, for the message."""
-    if len(ids) and (ids.dtype.is_floating_point or ids.dtype == torch.bool):
+    if len(ids) and ids.dtype not in WHOLE:
         raise AnymambaError(f"{who} is {ids.dtype}, but token ids are whole numbers")
     ids = ids.long()
     for t in ((ids < 0) | (ids >= vocab_size)).nonzero()[:1, 0].tolist():
