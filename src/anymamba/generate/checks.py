@@ -59,6 +59,10 @@ def _check_start(model, rows, state, logits, cache):
         raise AnymambaError(f"generate: {got}, but they must be {want} and go with one: pass both of a Reading")
     if cache is not None and state is not None:
         raise AnymambaError("generate: cache with state: a cache knows texts from their first token, drop one of them")
+    check_cache(model, cache)
+
+
+def check_cache(model, cache):
     if cache is not None and cache.model is not model:
         raise AnymambaError("generate: the cache was made for another model; make one for this: PrefixCache(model)")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
-from anymamba.generate.checks import check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.checks import check_cache, check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.prefix import Prefix, PrefixCache
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Row, Rules, read
 from anymamba.generate.sampling import choose_each, row_generators
@@ -30,6 +31,7 @@ class _Job:
     rows: list[Row]
     state: MambaState | None  # what has read the first `position` ids
     position: int = 0
+    prefix: Prefix | None = None  # its beginnings in the engine's cache, once it is looked up there
 
 
 @dataclass
@@ -68,15 +70,18 @@ class Engine:
     max_batch: completions that are written at once. max_queue: requests that may wait.
     prefill_chunk: tokens of one prompt that one step reads at most; max_prefill_tokens: those of all prompts together.
     With the batch's next token that is all the work of a step, so a long prompt does not hold up the others.
+    cache: a `PrefixCache` of this model: a prompt is read from the longest beginning that it knows, and leaves its own
+    there; a request with a state of its own is not looked up. It counts the hits.
 
-    Raises AnymambaError for limits below 1.
+    Raises AnymambaError for limits below 1 and a cache of another model.
     """
 
     def __init__(self, model: torch.nn.Module, *, max_batch: int = 32, max_queue: int = 256, prefill_chunk: int = 512,
-                 max_prefill_tokens: int = 1024):  # fmt: skip
+                 max_prefill_tokens: int = 1024, cache: PrefixCache | None = None):  # fmt: skip
         require_positive(max_batch=max_batch, max_queue=max_queue, prefill_chunk=prefill_chunk,
                          max_prefill_tokens=max_prefill_tokens)  # fmt: skip
-        self._model, self._max_batch, self._max_queue = model, max_batch, max_queue
+        check_cache(model, cache)
+        self._model, self._max_batch, self._max_queue, self._cache = model, max_batch, max_queue, cache
         self._prefill_chunk, self._max_prefill_tokens = prefill_chunk, max_prefill_tokens
         self._stepping = threading.Lock()  # held through a step
         self._changed = threading.Condition()  # held for what other threads see, never while the model works
@@ -193,6 +198,8 @@ class Engine:
                 read_out = [job for job in jobs if job.position == len(job.ids)]
                 index = [i for i, job in enumerate(jobs) if job in read_out for _ in job.rows]
                 if read_out:
+                    if self._cache is not None:
+                        self._cache.trim()
                     batch = batch.join(_batch_of(read_out, logits[index], state.select(index)))
         except Exception as caught:
             error = caught
@@ -208,12 +215,23 @@ class Engine:
         """The prompts that this step reads, first come first, and of each the next ids (t,)."""
         jobs, pieces, left = [], [], self._max_prefill_tokens
         for job in self._reading:
-            piece = job.ids[job.position :][: min(left, self._prefill_chunk)]
+            if left:
+                self._look_up(job)
+            size = min(left, self._prefill_chunk)
+            if job.prefix is not None:  # no checkpoint is passed over
+                size = min(size, self._cache.every - job.position % self._cache.every)
+            piece = job.ids[job.position :][:size]
             if len(piece):
                 jobs.append(job)
                 pieces.append(piece)
                 left -= len(piece)
         return jobs, pieces
+
+    def _look_up(self, job):
+        """Only when it is a prompt's turn to be read: others may have read its beginning while it waited."""
+        if self._cache is not None and job.prefix is None and job.handle.request.state is None:
+            job.prefix = self._cache.start(job.ids)
+            job.position, job.state = job.prefix.position, job.prefix.state
 
     def _read_pieces(self, jobs, pieces):
         device, lengths = self._model.device, torch.tensor([len(piece) for piece in pieces])
@@ -221,6 +239,8 @@ class Engine:
         logits, state = read(self._model, ids, _joined([job.state for job in jobs]), lengths.to(device))
         for i, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
             job.position += len(piece)
+            if job.prefix is not None:
+                self._cache.keep(job.prefix, job.position, state, i)
             job.state = state.select([i]) if job.position < len(job.ids) else None
         return logits, state
 

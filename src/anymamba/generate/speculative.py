@@ -212,7 +212,8 @@ def _draw(logits, row, guessed, drawn_from) -> int:
     if drawn_from is None:  # a guess that is no draw has q = 1: it stands with probability p, so draw and see
         return int(sample(logits, row.generator))
     p, q = logits.softmax(-1), drawn_from.softmax(-1)
-    if float(torch.rand((), dtype=torch.float64, generator=row.generator) * q[0, guessed]) < float(p[0, guessed]):
+    u = float(torch.rand((), dtype=torch.float64, generator=row.generator))
+    if u * float(q[0, guessed]) < float(p[0, guessed]):
         return guessed
     left = (p - q).clamp_min(0)  # nothing where p is q but for rounding
     return int(sample(left.log() if left.any() else logits, row.generator))
