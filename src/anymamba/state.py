@@ -175,7 +175,9 @@ class StateHistory:
 
 
 def places(t: int, k: int) -> tuple[int, ...]:
-    """After how many of t tokens a state is kept: every k, and all."""
+    """After how many of t tokens a state is kept: every k, and all. Raises AnymambaError for a k below 1."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise AnymambaError(f"return_states={k!r}, but it must be a whole number of tokens, at least 1")
     return tuple(min(start + k, t) for start in range(0, t, k))
 
 

@@ -171,7 +171,7 @@ class _Run:
             if row.finish_reason:
                 break
             yield from events
-            guess = self.guesser.guess(row, min(self.k, row.rules.max_new_tokens - len(row.ids) - 1))
+            guess = self.guesser.guess(row, min(self.k, row.rules.max_new_tokens - len(row.ids)))
             logits, states = self._pass([row.ids[-1], *guess.ids], state)
         yield from events[:-1]
         if right < len(events):  # the last token is the model's own and not read
