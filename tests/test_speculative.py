@@ -55,12 +55,12 @@ def passes(monkeypatch, model):
 # ---- the tokens of generate ----
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("guesser", ["look-up", "draft", "itself"])
 def test_greedy_is_generate(model, draft, guesser, k):
     draft = {"look-up": None, "draft": draft, "itself": model}[guesser]
     for prompt, penalties in itertools.product([*PROMPTS, LOOP], ({}, PENALTIES)):
-        options = {"sampling": SamplingConfig(temperature=0, **penalties), "max_new_tokens": 25, "logprobs": True}
+        options = {"sampling": SamplingConfig(temperature=0, **penalties), "max_new_tokens": 17, "logprobs": True}
         [want] = generate(model, [prompt], **options)
         out = speculate(model, prompt, draft=draft, k=k, **options)
         assert out.completion.ids == want.ids
@@ -69,7 +69,7 @@ def test_greedy_is_generate(model, draft, guesser, k):
         assert 0 <= out.accepted <= out.proposed
         if guesser == "itself":
             assert (out.accepted, out.acceptance) == (out.proposed, 1)
-            assert out.passes == 24 // (k + 1) + 1  # the first token comes with the prompt, the last one is read, too
+            assert out.passes == 16 // (k + 1) + 1  # the first token comes with the prompt, the last one is read, too
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), WARM, REPEATS])
@@ -126,7 +126,7 @@ def p_value(counts, expected):
 def test_three_tokens_have_their_joint_distribution(drafted):
     """Every text of three tokens of four as often as the model says, and not as the draft would have it."""
     model, draft = small(4, seed=1), small(4, seed=2)
-    prompt, draws = [0, 2, 1, 0, 2], 900
+    prompt, draws = [0, 2, 1, 0, 2], 450
     texts = list(itertools.product(range(4), repeat=3))
 
     def expected(model):
@@ -152,15 +152,19 @@ def test_three_tokens_have_their_joint_distribution(drafted):
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [WARM, SamplingConfig(temperature=1.3, min_p=0.02, **PENALTIES), SamplingConfig(typical_p=0.9)],
-    ids=["filters", "penalties", "typical"],
+    ("sampling", "drafted"),
+    [
+        (WARM, True),
+        (SamplingConfig(temperature=1.3, min_p=0.02, **PENALTIES), True),
+        (SamplingConfig(typical_p=0.9), True),
+        (WARM, False),
+    ],
+    ids=["filters", "penalties", "typical", "look-up"],
 )
-@pytest.mark.parametrize("drafted", [True, False])
 def test_every_token_has_the_processed_distribution(model, draft, sampling, drafted):
     """Where a token falls in the model's distribution, ordered by what the draft prefers, is uniform: a bias towards
     the draft would put tokens early."""
-    prompt, n = PROMPTS[3], 600
+    prompt, n = PROMPTS[3], 400
     out = speculate(model, prompt, draft=draft if drafted else None, k=3, max_new_tokens=n, sampling=sampling, seed=5)
     assert out.accepted > 20
     ids = out.completion.ids
