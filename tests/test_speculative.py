@@ -109,6 +109,27 @@ def test_a_text_that_repeats_itself_takes_few_passes(monkeypatch, model):
     assert (new.proposed, new.acceptance, new.passes, new.tokens_per_pass) == (0, 0, 6, 1)
 
 
+def test_guesses_grow_fewer_where_they_are_wrong(monkeypatch, model):
+    """At most one more than twice as many as were right the last time."""
+    forward, truth = model.forward, [*[1, 2, 3, 4] * 4, *[1, 2, 5, 4, 3, 2, 1] * 3, *[1, 2, 3, 4] * 4]
+
+    def speak(ids, state=None, **options):  # `truth`, whatever was read
+        out = forward(ids, state=state, **options)
+        end = int(out.state.seen)
+        following = torch.tensor(truth[end - out.logits.shape[1] + 1 : end + 1])[None]
+        return out._replace(logits=torch.nn.functional.one_hot(following, 64) * 50.0)
+
+    monkeypatch.setattr(model, "forward", speak)
+    lengths = passes(monkeypatch, model)
+    out = speculate(model, truth[:6], k=6, max_new_tokens=40, sampling=GREEDY)
+    assert out.completion.ids == truth[6:46]
+    guesses = [t - 1 for t in lengths[1:]]
+    assert guesses[0] == 6
+    assert 1 in guesses
+    assert sum(guesses) == out.proposed
+    assert all(later <= 2 * earlier + 1 for earlier, later in zip(guesses[:-1], guesses[1:], strict=True) if earlier)
+
+
 # ---- the distribution ----
 
 
@@ -126,7 +147,7 @@ def p_value(counts, expected):
 def test_three_tokens_have_their_joint_distribution(drafted):
     """Every text of three tokens of four as often as the model says, and not as the draft would have it."""
     model, draft = small(4, seed=1), small(4, seed=2)
-    prompt, draws = [0, 2, 1, 0, 2], 450
+    prompt, draws = [0, 2, 1, 0, 2], 600
     texts = list(itertools.product(range(4), repeat=3))
 
     def expected(model):

@@ -71,7 +71,8 @@ def speculate(
         probability min(1, p / q) of the two models' distributions, and else a token is drawn from what is left of p
         (arXiv 2211.17192, section 2.3). Without one a guess is what followed the last tokens, up to `ngram` of them,
         where they stood in prompt or completion before; where they did not, the pass is a plain one.
-    k: guesses at a time. A pass reads k + 1 tokens.
+    k: guesses at a time, at most. A pass reads one token more. Where guesses go wrong, fewer are made, and more again
+        when they are right: up to one more than twice as many as the last time were right.
     draft_state: what the draft has read, where `state` is given; it knows no more than the prompt without.
     The other arguments are those of `generate`, which also change what the draft proposes.
 
@@ -157,6 +158,7 @@ class _Run:
 
     def __init__(self, model, row, guesser, k):
         self.model, self.row, self.guesser, self.k = model, row, guesser, k
+        self.ahead = k  # guesses next time
         self.proposed = self.accepted = self.passes = 0
 
     @torch.no_grad()  # not inference_mode: one may train from the state that comes back
@@ -171,7 +173,7 @@ class _Run:
             if row.finish_reason:
                 break
             yield from events
-            guess = self.guesser.guess(row, min(self.k, row.rules.max_new_tokens - len(row.ids)))
+            guess = self.guesser.guess(row, min(self.ahead, row.rules.max_new_tokens - len(row.ids)))
             logits, states = self._pass([row.ids[-1], *guess.ids], state)
         yield from events[:-1]
         if right < len(events):  # the last token is the model's own and not read
@@ -187,6 +189,8 @@ class _Run:
             right += token == guessed
             if token != guessed or self.row.finish_reason:
                 break
+        if guess.ids:
+            self.ahead = min(self.k, 2 * right + 1)
         self.proposed += len(guess.ids)
         self.accepted += right
         return events, right
