@@ -150,8 +150,8 @@ def test_progress_goes_forward_to_the_size_of_the_text(model, book, monkeypatch,
 # ---- Ctrl-C ----
 
 
-def interrupted_at(monkeypatch, step):
-    """The process gets a real SIGINT in the middle of the model's pass number `step`."""
+def interrupted_at(monkeypatch, step, signum=signal.SIGINT):
+    """The process gets a real signal in the middle of the model's pass number `step`."""
     load_run, calls = command_state.load_run, []
 
     def load(*args):
@@ -160,7 +160,7 @@ def interrupted_at(monkeypatch, step):
         def interrupt(*_):
             calls.append(1)
             if len(calls) == step:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signum)
 
         model.backbone.layers[1].register_forward_pre_hook(interrupt)
         return model, tokenizer
@@ -190,6 +190,19 @@ def test_the_rest_after_ctrl_c(model, book, command, tmp_path, monkeypatch):
     code, _, errors = command(*shlex.split(errors.splitlines()[-1])[1:])
     assert (code, errors) == (0, "")
     assert_same(out, model, book)
+
+
+def test_sigterm_saves_as_ctrl_c_does(model, book, command, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 4, signal.SIGTERM)
+        code, said, errors = command("state", "read", "run", "book.txt", "-o", tmp_path / "s", "--chunk", 700)
+    assert (code, said) == (128 + signal.SIGTERM, "")
+    assert "interrupted: 2,100 tokens are read" in errors
+    assert_same(tmp_path / "s", model, book[:2100])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert command(*shlex.split(errors.splitlines()[-1])[1:])[0] == 0
+    assert_same(tmp_path / "s", model, book)
 
 
 def test_ctrl_c_before_anything_was_read_writes_nothing(command, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.generate import Engine, QueueFull, Request, SamplingConfig, generate
+from anymamba.generate import Engine, PrefixCache, QueueFull, Request, SamplingConfig, generate
 from anymamba.state import LayerState, MambaState
 from test_generate import assert_has_read, tiny
 
@@ -462,3 +462,75 @@ def test_threads_that_wait_step_where_none_runs():
     for thread in threads:
         thread.join(60)
     assert texts == {i: added([i], 30) for i in range(6)}
+
+
+# --- with a cache of prefixes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "together"), [(512, 1024), (5, 9), (8, 11)])
+def test_what_a_cache_knows_is_not_read_again(model, chunk, together):
+    rng = random.Random(1)
+    begin = [rng.randrange(61) for _ in range(37)]
+    requests = [
+        Request(prompt=begin[:length] + [rng.randrange(61) for _ in range(rest)], max_new_tokens=6, seed=i, n=1 + i % 2)
+        for i, (length, rest) in enumerate([(37, 0), (37, 3), (20, 5), (8, 0), (9, 0), (3, 30), (37, 40)])
+    ]
+    cache = PrefixCache(model, every=8)
+    read = []
+    for options in ({}, {"cache": cache}, {"cache": cache}):
+        engine = Engine(model, prefill_chunk=chunk, max_prefill_tokens=together, max_batch=8, **options)
+        handles = []
+        for request in requests:  # one after the other: each can find what those before it have left
+            handles.append(engine.submit(request))
+            engine.run()
+        for request, handle in zip(requests, handles, strict=True):
+            for got, want in zip(handle.result(), alone(model, request), strict=True):
+                assert got.ids == want.ids
+                assert got.state.seen.tolist() == want.state.seen.tolist()
+        read.append(engine.counters().prefill_tokens)
+    lengths = [len(request.prompt) for request in requests]
+    first = [0, 32, 16, 0, 8, 0, 32]  # at least one token is read, for the logits
+    assert read == [sum(lengths), sum(lengths) - sum(first), sum((n - 1) % 8 + 1 for n in lengths)]
+    assert (cache.hits, cache.misses) == (4 + 6, 3 + 1)
+    assert cache.tokens_saved == 2 * sum(lengths) - read[1] - read[2]
+
+
+def test_requests_at_once_with_a_cache_and_with_states(model):
+    cache = PrefixCache(model, every=8)
+    memory = generate(model, [[9, 9, 4]], max_new_tokens=3)[0].state
+    prompt = [*range(40, 60)]
+    generate(model, [prompt], max_new_tokens=1, cache=cache)  # `generate` and the engine share it
+    engine = Engine(model, prefill_chunk=7, max_prefill_tokens=10, cache=cache)
+    requests = [greedy([*prompt, i], 5, state=state) for i, state in enumerate([None, memory, None, memory])]
+    handles = [engine.submit(request) for request in requests]
+    engine.run()
+    for request, handle in zip(requests, handles, strict=True):
+        assert handle.result()[0].ids == alone(model, request)[0].ids
+    assert (cache.hits, cache.misses, len(cache)) == (2, 1, 2)
+    assert engine.counters().prefill_tokens == 2 * 5 + 2 * 21
+
+
+def test_a_waiting_request_finds_what_was_read_meanwhile(model):
+    cache = PrefixCache(model, every=8)
+    engine = Engine(model, max_batch=1, cache=cache)
+    handles = [engine.submit(greedy([*range(20), i], 2)) for i in range(3)]
+    engine.run()
+    assert [handle.result()[0].ids for handle in handles] == [alone(model, h.request)[0].ids for h in handles]
+    assert (cache.hits, cache.misses) == (2, 1)
+    assert engine.counters().prefill_tokens == 21 + 2 * 5
+
+
+def test_a_cache_in_a_folder_keeps_its_size_and_serves_the_next_process(model, tmp_path):
+    cache = PrefixCache(model, every=8, folder=tmp_path, max_disk_bytes=1)
+    Engine(model, cache=cache).submit(greedy([*range(20)], 2)).result()
+    assert list(tmp_path.iterdir()) == []
+    Engine(model, cache=PrefixCache(model, every=8, folder=tmp_path)).submit(greedy([*range(20)], 2)).result()
+    later = PrefixCache(model, every=8, folder=tmp_path)
+    [completion] = Engine(model, cache=later).submit(greedy([*range(20)], 2)).result()
+    assert completion.ids == alone(model, greedy([*range(20)], 2))[0].ids
+    assert (later.hits, later.tokens_saved) == (1, 16)
+
+
+def test_a_cache_of_another_model_is_refused(model):
+    with pytest.raises(AnymambaError, match="the cache was made for another model"):
+        Engine(model, cache=PrefixCache(tiny()))

@@ -98,6 +98,8 @@ def test_prompts_may_be_lists_tensors_and_what_tokenizers_give(model):
     kinds = [PROMPTS[0], torch.tensor(PROMPTS[0]), np.array(PROMPTS[0], dtype=np.uint16)]
     first, *others = ids_of(generate(model, kinds, max_new_tokens=4, sampling=GREEDY))
     assert others == [first, first]
+    for whole in (torch.tensor([PROMPTS[0]]), np.array([PROMPTS[0]]), (tuple(PROMPTS[0]),), iter([PROMPTS[0]])):
+        assert ids_of(generate(model, whole, max_new_tokens=4, sampling=GREEDY)) == [first]
 
 
 def test_under_inference_mode_and_with_gradients_on(model):
@@ -401,7 +403,13 @@ def test_beams_stop_at_stop_strings(byte_model):
         (["hello"], {}, "prompts are token ids, not text"),
         ([1, 2], {}, r"prompt 0 is \(\), but must be \(t,\); for one pass \[prompt\]"),
         ([[1], []], {}, "prompt 1 is empty; give it a token to start from"),
-        ([[1.5]], {}, "prompt 0 is torch.float64, but token ids are whole numbers"),
+        ([[1.5]], {}, "prompt 0 is torch.float32, but token ids are whole numbers"),
+        ([[True]], {}, "prompt 0 is torch.bool, but token ids are whole numbers"),
+        (None, {}, "prompts=None, but it must be a list of prompts, of ids each"),
+        (b"ab", {}, "prompts are token ids, not text"),
+        ([[1], [None]], {}, "prompt 1: a list that makes no tensor .*; give whole numbers, in rows of one length"),
+        ([np.array(["a"])], {}, "prompt 0: a ndarray that makes no tensor"),
+        ([[[1], [2, 3]]], {}, "prompt 0: a list that makes no tensor"),
         (
             [[1], [2, 61, 99]],
             {},

@@ -125,6 +125,32 @@ def test_config_refuses_impossible_sizes(changes):
         SMALL.replace(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"norm_eps": 0}, "a finite number > 0"),
+        ({"norm_eps": "1e-5"}, "a finite number > 0"),
+        ({"dt_min": -1e-3}, "a finite number > 0"),
+        ({"dt_max": math.inf}, "a finite number > 0"),
+        ({"dt_max": 1e-4}, "at least dt_min=0.001"),
+        ({"dt_scale": math.nan}, "a finite number > 0"),
+        ({"dt_init_floor": None}, "a finite number ≥ 0"),
+        ({"initializer_range": True}, "a finite number ≥ 0"),
+        ({"bias": 1}, "True or False"),
+        ({"conv_bias": None}, "True or False"),
+        ({"tie_embeddings": "no"}, "True or False"),
+    ],
+)
+def test_config_refuses_impossible_numbers_and_switches(changes, rule):
+    (name, value), *_ = changes.items()
+    with pytest.raises(AnymambaError, match=re.escape(f"config: {name}={value!r}, but it must be {rule}")):
+        SMALL.replace(**changes)
+
+
+def test_config_takes_whole_numbers_for_others():
+    SMALL.replace(dt_scale=1, dt_max=1, initializer_range=0, dt_init_floor=0)
+
+
 def test_config_is_frozen_and_survives_json():
     with pytest.raises(AttributeError):
         SMALL.d_model = 3
@@ -238,12 +264,26 @@ def test_token_outside_the_vocabulary(bad):
         make_model()(ids)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "int16", "uint8", "uint16", "uint32"])
+def test_ids_may_be_tensors_arrays_and_lists(dtype):
+    model, ids = make_model(), tokens()
+    want = model(ids).logits
+    array = ids.numpy().astype(dtype)
+    for given in (array, torch.as_tensor(array), ids.tolist(), tuple(map(tuple, ids.tolist()))):
+        assert torch.equal(model(given).logits, want)
+
+
 def test_bad_input_is_refused():
     model, ids = make_model(), tokens()
     for arguments, message in [
         ({"ids": ids[0]}, "ids are (9,) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
         ({"ids": ids.float()}, "ids are (2, 9) torch.float32, but must be integers"),
         ({"ids": ids[:, :0]}, "ids are (2, 0) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
+        ({"ids": ids > 3}, "ids are (2, 9) torch.bool, but must be integers"),
+        ({"ids": [1, 2]}, "ids are (2,) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
+        ({"ids": [[1, 2], [3]]}, "ids: a list that makes no tensor"),
+        ({"ids": "text"}, "ids: a str that makes no tensor"),
+        ({"ids": [[0.5]]}, "ids are (1, 1) torch.float32, but must be integers"),
         ({}, "give ids (b,t) or embeddings (b,t,m), one of the two"),
         ({"ids": ids, "embeddings": torch.zeros(2, 9, 32)}, "give ids (b,t) or embeddings (b,t,m), one of the two"),
         ({"embeddings": torch.zeros(2, 9, 31)}, "embeddings are (2, 9, 31), but must be (b,t,32)"),

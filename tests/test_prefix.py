@@ -233,7 +233,7 @@ def test_bad_files_are_misses_with_a_note(model, text, tmp_path, damage):
         out = cache.read(text[: EVERY + 1])
     assert_same(out, read(model, text[: EVERY + 1]))
     assert (cache.hits, cache.misses) == (0, 1)
-    assert PrefixCache(model, every=EVERY, folder=tmp_path)._find(cache._keys(torch.tensor(text[:17])), 17)[0] == EVERY
+    assert PrefixCache(model, every=EVERY, folder=tmp_path).start(torch.tensor(text[:17])).position == EVERY
 
 
 def test_models_share_a_folder(model, text, tmp_path):
@@ -302,3 +302,19 @@ def test_refuses(model, text, tmp_path):
         generate(model, [text], state=read(model, text).state, cache=cache)
     with pytest.raises(AnymambaError, match="the cache was made for another model"):
         generate(make_model(1), [text], cache=cache)
+
+
+def test_those_who_read_by_themselves(model, text):
+    """`keep` takes what stands at a checkpoint, and nothing else."""
+    cache, ids = PrefixCache(model, every=EVERY), torch.tensor(text[:50])
+    prefix = cache.start(ids)
+    assert (prefix.position, prefix.state.seen.tolist()) == (0, [0])
+    for position in (5, 16, 31, 32):
+        states = read(model, text[:position]).state.fork(2)
+        cache.keep(prefix, position, states, 1)
+    assert len(cache) == 2
+    again = cache.start(ids)
+    assert (again.position, again.state.seen.tolist()) == (32, [32])
+    cache.keep(prefix, 0, prefix.state)
+    assert len(cache) == 2
+    cache.trim()  # without a folder there is nothing to do

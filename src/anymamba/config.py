@@ -44,6 +44,13 @@ class MambaConfig:
         for name in ("vocab_size", "dt_rank"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        for name in ("conv_bias", "bias", "tie_embeddings"):
+            _require(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+        for name in ("norm_eps", "dt_min", "dt_max", "dt_scale"):
+            _require(name, getattr(self, name), "a finite number > 0", lambda v: _is_number(v) and v > 0)
+        for name in ("dt_init_floor", "initializer_range"):
+            _require(name, getattr(self, name), "a finite number ≥ 0", lambda v: _is_number(v) and v >= 0)
+        _require("dt_max", self.dt_max, f"at least dt_min={self.dt_min}", lambda v: v >= self.dt_min)
 
     @property
     def d_inner(self) -> int:
@@ -71,12 +78,7 @@ class MambaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The config of a dict as `to_dict` gives it. Raises AnymambaError for a key that does not exist."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise AnymambaError(f"unknown config key {key!r}: {hint}known keys are {', '.join(known)}")
+        check_keys(cls, values, "unknown config key")
         return cls(**values)
 
     @classmethod
@@ -87,9 +89,28 @@ class MambaConfig:
         return cls.from_dict(PRESETS[name] | changes)
 
 
+def check_keys(kind: type, values: dict[str, Any], what: str) -> None:
+    """Raises AnymambaError, which begins with `what`, for a key that is no field of the dataclass `kind`."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise AnymambaError(f"{what} {key!r}: {hint}known keys are {', '.join(known)}")
+
+
 def _positive(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AnymambaError(f"config: {name}={value!r}, but it must be a whole number of at least 1")
+    rule = "a whole number of at least 1"
+    _require(name, value, rule, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1)
+
+
+def _require(name, value, rule, holds):
+    if not holds(value):
+        raise AnymambaError(f"config: {name}={value!r}, but it must be {rule}")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _PILE = {"vocab_size": 50277, "pad_vocab_size_multiple": 8}  # the GPT-NeoX tokenizer, padded to 50280

@@ -15,17 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.layers import (
-    Block,
-    Linear,
-    MambaMixer,
-    QuantizedLinear,
-    RMSNorm,
-    is_bare,
-    linear_cross_entropy,
-)  # fmt: skip
+from anymamba.ids import WHOLE, as_ids
+from anymamba.layers import Block, Linear, MambaMixer, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
 from anymamba.padding import pack, unpack
-from anymamba.state import MambaState
+from anymamba.state import MambaState, StateHistory, places
 
 PIECE = 8192  # tokens that a CPU reads at once when no gradient is needed, to stay in its caches; GPUs take 8 times it
 
@@ -38,6 +31,7 @@ class MambaOutput(NamedTuple):
     state: MambaState  # after each row's last token
     loss: Tensor | None  # mean cross-entropy in nats a token; None without labels
     hidden: Tensor  # (b,t,m) after the final norm
+    states: StateHistory | None = None  # with return_states
 
 
 class Backbone(nn.Module):
@@ -68,11 +62,12 @@ class MambaLM(nn.Module):
 
     def forward(self, ids: Tensor | None = None, state: MambaState | None = None, lengths: Tensor | None = None,
                 cu_seqlens: Tensor | None = None, *, embeddings: Tensor | None = None, labels: Tensor | None = None,
-                padding_side: str = "right", last_only: bool = False) -> MambaOutput:  # fmt: skip
+                padding_side: str = "right", last_only: bool = False,
+                return_states: int | None = None) -> MambaOutput:  # fmt: skip
         """Read tokens and go on from `state`. Reading in pieces, of any sizes, gives what reading at once gives.
 
         Args:
-            ids: (b,t) token ids, or `embeddings` (b,t,m) in their place.
+            ids: (b,t) token ids, a tensor, an array or lists, or `embeddings` (b,t,m) in their place.
             state: of an earlier call, s rows; None starts anew.
             lengths: (b,) tokens of each row; the others are padding on `padding_side` ("right" or "left") and change
                 nothing: hidden states and logits there are 0.
@@ -81,31 +76,39 @@ class MambaLM(nn.Module):
                 logits, unless last_only asks for the last ones.
             last_only: logits of each row's last token only, (b,1,v) (with cu_seqlens of each sequence's, (1,s,v));
                 NaN for a row that has none.
+            return_states: k also gives `states`, those after every k tokens and the last; `states.after(i)` is the
+                state after i tokens. Not with lengths or cu_seqlens. Takes b·⌈t/k⌉ states of memory, and is slow for
+                small k, as the scan then runs k steps at a time.
 
         Raises AnymambaError for ids or labels outside the vocabulary, shapes that do not fit, or a state of another
         shape.
         """
+        if ids is not None:
+            ids = as_ids(ids, "ids", self.device)
         b, t = self._check_input(ids, embeddings)
         if lengths is not None and cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
         if labels is not None:
             self._check_labels(labels, b, t)
-        plain = lengths is None and cu_seqlens is None and labels is None
+        if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
+            raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
+        plain = lengths is None and cu_seqlens is None and labels is None and return_states is None
         piece = PIECE if self.device.type == "cpu" else 8 * PIECE
         if plain and b * t > piece and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._in_pieces(ids, embeddings, state, last_only, max(1, piece // b))
         x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
-        x, state = self._blocks(x, state, cu_seqlens)
+        x, state = self._blocks(x, state, cu_seqlens, return_states)
+        states, state = (None, state) if return_states is None else (state, state.after(t))
 
         last = self._last(x, cu_seqlens, index) if last_only else None
         if index is not None:
             x = unpack(x, index, b, t)
         loss = None if labels is None else self._loss(x, labels)
         logits = self._head(x if last is None else last) if last_only or labels is None else None
-        return MambaOutput(logits, state, loss, x)
+        return MambaOutput(logits, state, loss, x, states)
 
     def _in_pieces(self, ids, embeddings, state, last_only, length):
         """Read a long text piece by piece: activations stay in the cache, and memory does not grow with them."""
@@ -119,14 +122,15 @@ class MambaLM(nn.Module):
         logits = None if logits[0] is None else torch.cat(logits, 1)
         return MambaOutput(logits, state, None, torch.cat(hidden, 1))
 
-    def _blocks(self, x, state, cu_seqlens):
+    def _blocks(self, x, state, cu_seqlens, return_states):
         x, layers, residual = self._drop(x), [], None
         for i, block in enumerate(self.backbone.layers):
             before = None if state is None else state.layers[i]
             if self.recompute and torch.is_grad_enabled():
-                x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, use_reentrant=False)
+                x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, return_states,
+                                                use_reentrant=False)  # fmt: skip
             else:
-                x, residual, after = block(x, residual, before, cu_seqlens)
+                x, residual, after = block(x, residual, before, cu_seqlens, return_states)
             x = self._drop(x)
             layers.append(after)
         x, _ = self.backbone.norm_f(x, residual)
@@ -134,7 +138,12 @@ class MambaLM(nn.Module):
             read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         else:
             read = cu_seqlens.diff().to(x.device, torch.int64, non_blocking=True)  # of a temporary: no need to wait
-        return x, MambaState(tuple(layers), read if state is None else state.seen + read)
+        seen = read if state is None else state.seen + read
+        if return_states is None:
+            return x, MambaState(tuple(layers), seen)
+        counts = places(x.shape[1], return_states)
+        seen = seen[:, None] - x.shape[1] + torch.tensor(counts, device=x.device)
+        return x, StateHistory(tuple(layers), counts, seen)
 
     def _drop(self, x):
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -184,7 +193,7 @@ class MambaLM(nn.Module):
     def _check_ids(self, ids):
         if self.config.vocab_size is None:
             raise AnymambaError("this model has no vocabulary; give embeddings (b,t,m)")
-        if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] == 0:
+        if ids.dim() != 2 or ids.dtype not in WHOLE or ids.shape[1] == 0:
             raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch, seqlen ≥ 1)")
         if torch.compiler.is_compiling() or ids.device.type != "cpu":
             return  # looking would stop the device; the embedding itself refuses there

@@ -150,6 +150,38 @@ class MambaState:
         return state, {k.removeprefix(EXTRA): v for k, v in tensors.items() if k.startswith(EXTRA)}
 
 
+@dataclass(frozen=True, eq=False)
+class StateHistory:
+    """The states of a model at p places of the text that it has just read, as `MambaLM.forward(return_states=k)` gives
+    them: after k, 2k, … tokens and after the last."""
+
+    layers: tuple[LayerState, ...]  # with one more axis: conv (b,p,d,w-1), ssm (b,p,d,n)
+    counts: tuple[int, ...]  # tokens of that text read at each place
+    seen: Tensor  # (b,p) int64: how many tokens each row has read in all
+
+    def after(self, tokens: int | Sequence[int] | Tensor) -> MambaState:
+        """The state after so many tokens of the text: one number for all rows, or one for each.
+
+        It has storage of its own. Raises AnymambaError where no state was kept.
+        """
+        rows, index = len(self.seen), torch.as_tensor(tokens)
+        counts = index.expand(rows).tolist() if index.dim() == 0 else index.tolist()
+        if len(counts) != rows or not all(count in self.counts for count in counts):
+            places = f"after {', '.join(map(str, self.counts[:8]))}{', …' if len(self.counts) > 8 else ''} tokens"
+            raise AnymambaError(f"state after {counts} tokens, but there are {rows} rows with states {places}")
+        places = torch.tensor([self.counts.index(count) for count in counts], device=self.seen.device)
+        rows = torch.arange(rows, device=self.seen.device)
+        layers = tuple(LayerState(conv[rows, places], ssm[rows, places]) for conv, ssm in self.layers)
+        return MambaState(layers, self.seen[rows, places])
+
+
+def places(t: int, k: int) -> tuple[int, ...]:
+    """After how many of t tokens a state is kept: every k, and all. Raises AnymambaError for a k below 1."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise AnymambaError(f"return_states={k!r}, but it must be a whole number of tokens, at least 1")
+    return tuple(min(start + k, t) for start in range(0, t, k))
+
+
 class StateInfo(NamedTuple):
     """What a state file says of itself."""
 

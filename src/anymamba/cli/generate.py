@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from anymamba.cli.state import check_output, load_one
 from anymamba.data import Tokenizer
 from anymamba.errors import AnymambaError
-from anymamba.generate import SamplingConfig, TokenEvent, generate, read, stream
+from anymamba.generate import SamplingConfig, TokenEvent, generate, read, speculate, stream
 from anymamba.layers import quantize
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
@@ -32,6 +32,8 @@ examples:
   anymamba generate runs/NAME --interactive               the model remembers the whole conversation
   anymamba generate runs/NAME --state book.state          goes on with what `anymamba state read` has read
   anymamba generate runs/NAME --interactive --save-state talk.state
+  anymamba generate runs/BIG --draft runs/SMALL           faster: the small model guesses, the big one checks
+  anymamba generate runs/NAME --lookup --prompt - < code  faster where the text repeats itself
 """
 
 
@@ -58,6 +60,9 @@ class Options:
     stop: tuple[str, ...] = ()  # end before any of these texts
     seed: int = 0
     n: int = 1  # continuations
+    draft: str | None = None  # folder of a smaller model with the same tokenizer, whose guesses are checked together
+    lookup: bool = False  # guess what followed the last words before; the text is the same as without
+    guesses: int = 4  # tokens that --draft or --lookup guesses at a time
 
     def sampling(self) -> SamplingConfig:
         names = {f.name for f in dataclasses.fields(SamplingConfig)}
@@ -71,6 +76,11 @@ def main(argv: list[str]) -> int:
     options.sampling()  # refuse bad numbers before anything is loaded
     if options.n < 1:
         raise AnymambaError(f"--n {options.n}, but it must be at least 1: the number of continuations")
+    if options.draft is not None or options.lookup:
+        if options.draft is not None and options.lookup:
+            raise AnymambaError("--draft with --lookup: guesses come from one of them, drop the other")
+        if options.n != 1 or options.interactive:
+            raise AnymambaError("--draft and --lookup write one answer: drop --n and --interactive")
     if options.interactive and (options.n != 1 or options.prompt is not None):
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"
@@ -105,17 +115,36 @@ def _continue(
         for i, completion in enumerate(generate(model, [prompt], n=options.n, **start), start=1):
             print(f"--- {i}\n{text if options.echo else ''}{completion.text}")
         return
-    events = stream(model, prompt, **start)  # refuses before we write
-    _write(text if options.echo else "")
-    said = []
+    said, echo = [], text if options.echo else ""
+
+    def say(event: TokenEvent) -> None:
+        _write(event.text if said else echo + event.text)
+        said.append(event.id)
+
     try:
-        for event in events:
-            said.append(event.id)
-            _write(event.text)
-        _write("\n")
+        if options.draft is not None or options.lookup:
+            draft = None if options.draft is None else _load_draft(options, tokenizer)
+            out = speculate(model, prompt, draft=draft, k=options.guesses, on_token=say, **start)
+            _write("\n")
+            told = f"{out.accepted} of {out.proposed} guesses right ({out.acceptance:.0%})"
+            print(f"{told}, {out.tokens_per_pass:.2f} tokens a pass", file=sys.stderr)
+        else:
+            events = stream(model, prompt, **start)  # refuses before we write
+            _write(echo)
+            echo = ""  # it may stand there long before the first token
+            for event in events:
+                say(event)
+            _write("\n")
     finally:  # Ctrl-C keeps what was said so far
         if said and options.save_state is not None:
             read(model, prompt + said, state).save(options.save_state, model)
+
+
+def _load_draft(options: Options, tokenizer: Tokenizer) -> MambaLM:
+    draft, own = load_run(options.draft, options.tokenizer)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise AnymambaError(f"the draft {options.draft} has another tokenizer than the model: its guesses mean nothing")
+    return draft
 
 
 def _talk(model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None) -> None:

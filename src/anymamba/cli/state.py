@@ -2,9 +2,12 @@
 
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +36,7 @@ anymamba state read --help tells the options.
 
 READ = """Read text of any length once, in constant memory, and save the state: a small file, for a book as for a line.
 
-Ctrl-C saves what was read so far. Among several documents each ends with the tokenizer's end-of-text token.
+Ctrl-C and SIGTERM save what was read so far. Among several documents each ends with the tokenizer's end-of-text token.
 
 examples:
   anymamba state read runs/NAME book.txt -o book.state
@@ -93,23 +96,23 @@ def _read(options: ReadOptions) -> int:
     model, tokenizer = load_run(options.run, options.tokenizer)
     state = None if options.state is None else load_one(options.state, model)[0]
     before = 0 if state is None else int(state.seen)
-    begin, last, interrupted = time.monotonic(), None, False
+    begin, last, signum = time.monotonic(), None, None
     try:
-        with progress_bar(size, label="reading") as advance:
+        with progress_bar(size, label="reading") as advance, _sigterm_like_ctrl_c():
             pieces = tokenised(options.data, tokenizer, options.field)
             for now in _readings(model, pieces, state, options, advance):
                 last = now
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if last is None:
             raise  # nothing read, nothing to save
-        interrupted = True
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
     if last is None:
         raise AnymambaError(f"--skip {options.skip} passes over the whole text: nothing is left to read")
     last.save(options.out, model)
     count = int(last.state.seen) - before
-    if interrupted:
+    if signum is not None:
         _tell_interrupted(options, count)
-        return 130
+        return 128 + signum
     seconds = time.monotonic() - begin
     print(f"{count:,} tokens read, {count / seconds:,.0f}/s; {_size(options.out)} in {options.out}\ngo on with it:")
     print(f"  anymamba generate {shlex.join([options.run, '--state', options.out])}")
@@ -127,6 +130,23 @@ def _readings(
             advance(done - told)
             told = done
             yield now
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """At once, not after the piece that is being read: whoever sends SIGTERM may soon send SIGKILL."""
+
+    def interrupt(signum, _frame):
+        raise KeyboardInterrupt(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _gathered(pieces: Iterable[tuple[np.ndarray, int]], skip: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,5 +1,6 @@
 """Text from a model: samplers, `generate` for whole completions, `stream` for one token at a time, `Engine` for many
-requests at once, `read` for long texts, `PrefixCache` for what many prompts begin with."""
+requests at once, `speculate` for several tokens a pass, `read` for long texts, `PrefixCache` for what many prompts
+begin with."""
 
 from anymamba.generate.engine import Engine
 from anymamba.generate.generate import generate, stream
@@ -8,6 +9,8 @@ from anymamba.generate.read import Reading, read, reading
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Completion, TokenEvent
 from anymamba.generate.sampling import SamplingConfig
+from anymamba.generate.speculative import Speculation, speculate
 
 __all__ = ["Completion", "Counters", "Engine", "Handle", "PrefixCache", "QueueFull", "Reading", "Request",
-           "SamplingConfig", "TokenEvent", "generate", "read", "reading", "stream"]  # fmt: skip
+           "SamplingConfig", "Speculation", "TokenEvent", "generate", "read", "reading", "speculate",
+           "stream"]  # fmt: skip

@@ -3,17 +3,21 @@
 import math
 from numbers import Integral
 
-import numpy as np
 import torch
 
 from anymamba.errors import AnymambaError
+from anymamba.ids import WHOLE, as_ids
 from anymamba.state import MambaState
 
 
 def checked_prompts(model, prompts, state, logits=None, cache=None):
     """Each prompt as a tensor (t,) of int64."""
     require_vocabulary("generate", model)
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+    try:
+        prompts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+    except TypeError:
+        raise AnymambaError(f"generate: prompts={prompts!r}, but it must be a list of prompts, of ids each") from None
+    if any(isinstance(prompt, str | bytes) for prompt in prompts):
         raise AnymambaError("generate: prompts are token ids, not text; encode each one with the tokenizer")
     if len(prompts) == 0:
         raise AnymambaError("generate: no prompts; pass a list of at least one")
@@ -21,8 +25,7 @@ def checked_prompts(model, prompts, state, logits=None, cache=None):
         rows = f"a state of {state.batch_size} rows for {len(prompts)} prompts"
         raise AnymambaError(f"generate: {rows}; pass one row for each prompt, in order, by state.select([...])")
     _check_start(model, len(prompts), state, logits, cache)
-    # lists by way of numpy, which takes a fifth of the time: a prompt may have 100,000 tokens
-    prompts = [torch.as_tensor(p if isinstance(p, torch.Tensor) else np.asarray(p), device="cpu") for p in prompts]
+    prompts = [as_ids(prompt, f"generate: prompt {p}").cpu() for p, prompt in enumerate(prompts)]
     for p, ids in enumerate(prompts):
         if ids.dim() != 1:
             raise AnymambaError(f"generate: prompt {p} is {tuple(ids.shape)}, but must be (t,); for one pass [prompt]")
@@ -34,7 +37,7 @@ def checked_prompts(model, prompts, state, logits=None, cache=None):
 
 def checked_ids(ids, vocab_size, who, offset=0):
     """ids (t,) as int64. `offset` is where they stand in the whole, for the message."""
-    if len(ids) and (ids.dtype.is_floating_point or ids.dtype == torch.bool):
+    if len(ids) and ids.dtype not in WHOLE:
         raise AnymambaError(f"{who} is {ids.dtype}, but token ids are whole numbers")
     ids = ids.long()
     for t in ((ids < 0) | (ids >= vocab_size)).nonzero()[:1, 0].tolist():
@@ -56,6 +59,10 @@ def _check_start(model, rows, state, logits, cache):
         raise AnymambaError(f"generate: {got}, but they must be {want} and go with one: pass both of a Reading")
     if cache is not None and state is not None:
         raise AnymambaError("generate: cache with state: a cache knows texts from their first token, drop one of them")
+    check_cache(model, cache)
+
+
+def check_cache(model, cache):
     if cache is not None and cache.model is not model:
         raise AnymambaError("generate: the cache was made for another model; make one for this: PrefixCache(model)")
 

@@ -7,57 +7,19 @@ new one at every step, so rows that leave or join cost one more copy at the step
 import threading
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
-from anymamba.generate.checks import check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.batch import Batch, Job, batch_of, joined
+from anymamba.generate.checks import check_cache, check_rules, checked_prompts, checked_state, require_positive
 from anymamba.generate.decode import Decoder
+from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
 from anymamba.generate.rows import Row, Rules, read
 from anymamba.generate.sampling import Drawn, choose_each, row_generators
-from anymamba.state import LayerState, MambaState
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request until its prompt is read."""
-
-    handle: Handle
-    ids: Tensor  # (t,)
-    rows: list[Row]
-    state: MambaState | None  # what has read the first `position` ids
-    position: int = 0
-
-
-@dataclass
-class _Batch:
-    """The rows being written: what row i says next is drawn from logits[i]."""
-
-    handles: list[Handle] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    logits: Tensor | None = None  # (b, v); None without rows
-    state: MambaState | None = None
-
-    def going(self) -> list[int]:
-        return [i for i, row in enumerate(self.rows) if not row.finish_reason]
-
-    def select(self, index: list[int]) -> "_Batch":
-        if len(index) == len(self.rows):
-            return self
-        if not index:
-            return _Batch()
-        of_rows = ([values[i] for i in index] for values in (self.handles, self.rows))
-        return _Batch(*of_rows, self.logits[index], self.state.select(index))
-
-    def join(self, other: "_Batch") -> "_Batch":
-        if not (self.rows and other.rows):
-            return self if self.rows else other
-        of_rows = (self.handles + other.handles, self.rows + other.rows)
-        return _Batch(*of_rows, torch.cat([self.logits, other.logits]), MambaState.cat([self.state, other.state]))
 
 
 class Engine:
@@ -69,21 +31,24 @@ class Engine:
     max_batch: completions that are written at once. max_queue: requests that may wait.
     prefill_chunk: tokens of one prompt that one step reads at most; max_prefill_tokens: those of all prompts together.
     With the batch's next token that is all the work of a step, so a long prompt does not hold up the others.
+    cache: a `PrefixCache` of this model: a prompt is read from the longest beginning that it knows, and leaves its own
+    there; a request with a state of its own is not looked up. It counts the hits.
 
-    Raises AnymambaError for limits below 1.
+    Raises AnymambaError for limits below 1 and a cache of another model.
     """
 
     def __init__(self, model: torch.nn.Module, *, max_batch: int = 32, max_queue: int = 256, prefill_chunk: int = 512,
-                 max_prefill_tokens: int = 1024):  # fmt: skip
+                 max_prefill_tokens: int = 1024, cache: PrefixCache | None = None):  # fmt: skip
         require_positive(max_batch=max_batch, max_queue=max_queue, prefill_chunk=prefill_chunk,
                          max_prefill_tokens=max_prefill_tokens)  # fmt: skip
-        self._model, self._max_batch, self._max_queue = model, max_batch, max_queue
+        check_cache(model, cache)
+        self._model, self._max_batch, self._max_queue, self._cache = model, max_batch, max_queue, cache
         self._prefill_chunk, self._max_prefill_tokens = prefill_chunk, max_prefill_tokens
         self._stepping = threading.Lock()  # held through a step
         self._changed = threading.Condition()  # held for what other threads see, never while the model works
-        self._waiting: deque[_Job] = deque()
-        self._reading: list[_Job] = []
-        self._batch, self._decoder = _Batch(), Decoder(model)
+        self._waiting: deque[Job] = deque()
+        self._reading: list[Job] = []
+        self._batch, self._decoder = Batch(), Decoder(model)
         self._counts: Counter[str] = Counter()
         self._runs, self._closed = 0, False
 
@@ -166,7 +131,7 @@ class Engine:
             self._decode()
             with self._changed:
                 if not self._batch.going():
-                    self._batch, self._decoder = _Batch(), Decoder(self._model)  # an idle engine holds no states
+                    self._batch, self._decoder = Batch(), Decoder(self._model)  # an idle engine holds no states
                 self._changed.notify_all()
                 return self._busy()
 
@@ -194,7 +159,9 @@ class Engine:
                 read_out = [job for job in jobs if job.position == len(job.ids)]
                 index = [i for i, job in enumerate(jobs) if job in read_out for _ in job.rows]
                 if read_out:
-                    batch = batch.join(_batch_of(read_out, logits[index], state.select(index)))
+                    if self._cache is not None:
+                        self._cache.trim()
+                    batch = batch.join(batch_of(read_out, logits[index], state.select(index)))
         except Exception as caught:
             error = caught
         with self._changed:
@@ -209,19 +176,32 @@ class Engine:
         """The prompts that this step reads, first come first, and of each the next ids (t,)."""
         jobs, pieces, left = [], [], self._max_prefill_tokens
         for job in self._reading:
-            piece = job.ids[job.position :][: min(left, self._prefill_chunk)]
+            if left:
+                self._look_up(job)
+            size = min(left, self._prefill_chunk)
+            if job.prefix is not None:  # no checkpoint is passed over
+                size = min(size, self._cache.every - job.position % self._cache.every)
+            piece = job.ids[job.position :][:size]
             if len(piece):
                 jobs.append(job)
                 pieces.append(piece)
                 left -= len(piece)
         return jobs, pieces
 
+    def _look_up(self, job):
+        """Only when it is a prompt's turn to be read: others may have read its beginning while it waited."""
+        if self._cache is not None and job.prefix is None and job.handle.request.state is None:
+            job.prefix = self._cache.start(job.ids)
+            job.position, job.state = job.prefix.position, job.prefix.state
+
     def _read_pieces(self, jobs, pieces):
         device, lengths = self._model.device, torch.tensor([len(piece) for piece in pieces])
         ids = pad_sequence(pieces, batch_first=True).to(device)
-        logits, state = read(self._model, ids, _joined([job.state for job in jobs]), lengths.to(device))
+        logits, state = read(self._model, ids, joined([job.state for job in jobs]), lengths.to(device))
         for i, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
             job.position += len(piece)
+            if job.prefix is not None:
+                self._cache.keep(job.prefix, job.position, state, i)
             job.state = state.select([i]) if job.position < len(job.ids) else None
         return logits, state
 
@@ -303,7 +283,7 @@ class Engine:
             outcome = "failed" if "error" in reasons else "cancelled" if "cancelled" in reasons else "finished"
             self._counts[outcome] += 1
 
-    def _job(self, request) -> _Job:
+    def _job(self, request) -> Job:
         """The request, checked: from here on only the model itself can refuse it."""
         [prompt] = checked_prompts(self._model, [request.prompt], request.state)
         rules = Rules(request.max_new_tokens, request.sampling, request.stop_ids, (), None, logprobs=True)
@@ -314,25 +294,9 @@ class Engine:
         [generators] = row_generators(request.seed, 1, request.n)
         prompt = prompt.clone()  # the caller's may change before it is read
         rows = [Row(rules, 0, i, prompt, generator) for i, generator in enumerate(generators)]
-        return _Job(Handle(request, self), prompt, rows, checked_state(self._model, request.state))
+        return Job(Handle(request, self), prompt, rows, checked_state(self._model, request.state))
 
 
 def _broken() -> AnymambaError:
     return AnymambaError("engine: the next token's logits are NaN or all -inf; check the model's weights, or the state "
                          "given")  # fmt: skip
-
-
-def _batch_of(jobs, logits, state) -> _Batch:
-    """The rows of prompts that are read, with their logits (b, v) and states."""
-    handles = [job.handle for job in jobs for _ in job.rows]
-    return _Batch(handles, [row for job in jobs for row in job.rows], logits, state)
-
-
-def _joined(states) -> MambaState | None:
-    """States of one row as one; None stands for the state before the first token, also where it is that of all."""
-    known = next((state for state in states if state is not None), None)
-    if known is None:
-        return None
-    layers = tuple(LayerState(*map(torch.zeros_like, layer)) for layer in known.layers)
-    start = MambaState(layers, torch.zeros_like(known.seen))
-    return MambaState.cat([start if state is None else state for state in states])

@@ -24,6 +24,14 @@ from anymamba.state import MambaState
 SUFFIX = ".state"
 
 
+class Prefix(NamedTuple):
+    """What a cache knows of one prompt."""
+
+    keys: list[str]  # of all its checkpoints
+    position: int  # tokens that need not be read
+    state: MambaState  # after them
+
+
 class PrefixCache:
     """States of one model after the beginnings of texts that it has read, the least recently used dropped first.
 
@@ -66,23 +74,39 @@ class PrefixCache:
     def read_batch(self, prompts: Sequence[Sequence[int] | Tensor]) -> Reading:
         """`read` of b prompts of any lengths, side by side: logits (b,v) and a state of b rows."""
         prompts = checked_prompts(self.model, prompts, None)
-        keys = [self._keys(ids) for ids in prompts]
-        found = [self._find(of_one, len(ids)) for of_one, ids in zip(keys, prompts, strict=True)]
-        starts = [start for start, _ in found]
+        found = [self.start(ids) for ids in prompts]
 
-        def keep(counts: list[int], state: MambaState) -> None:
-            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                blocks, rest = divmod(start + count, self.every)
-                if rest == 0:
-                    self._put(keys[row][blocks - 1], state, row)
+        def keep(counts: list[int], states: MambaState) -> None:
+            for row, (prefix, count) in enumerate(zip(found, counts, strict=True)):
+                self.keep(prefix, prefix.position + count, states, row)
 
-        rests = [ids[start:] for start, ids in zip(starts, prompts, strict=True)]
-        state = MambaState.cat(state for _, state in found)
+        rests = [ids[prefix.position :] for prefix, ids in zip(found, prompts, strict=True)]
+        state = MambaState.cat(prefix.state for prefix in found)
         out = read_batch(self.model, rests, state, chunk=self.every, on_chunk=keep)
+        self.trim()
+        return out
+
+    # ---- for those who read by themselves ----
+
+    def start(self, ids: Tensor) -> Prefix:
+        """The longest beginning known of a prompt (t,) of int64, and the state after it: read on from there."""
+        keys = self._keys(ids)
+        return Prefix(keys, *self._find(keys, len(ids)))
+
+    def keep(self, prefix: Prefix, position: int, states: MambaState, row: int = 0) -> None:
+        """Keep a row of `states` if it stands at a checkpoint: it has read the first `position` tokens of the prompt
+        that `start` was asked for."""
+        blocks, rest = divmod(position, self.every)
+        if blocks > 0 and rest == 0:
+            self._put(prefix.keys[blocks - 1], states, row)
+
+    def trim(self) -> None:
+        """Keep the folder within its size. To be called when prompts are read."""
         if self.disk is not None:
             with self._lock:
                 self.disk.trim()
-        return out
+
+    # ---- the books ----
 
     def _keys(self, ids: Tensor) -> list[str]:
         """A key for each whole block of `ids`: a hash of all tokens up to its end, made from the key before."""

@@ -209,12 +209,19 @@ def choose(
     prompts: Sequence[Tensor],
 ) -> Tensor:
     """The next id (b,) of each row, from the model's logits (b, v), what the row has written so far, and its prompt."""
+    logits = processed(logits, config, written, prompts)
+    return greedy(logits) if config.is_greedy else sample(logits, generator)
+
+
+def processed(
+    logits: Tensor, config: SamplingConfig, written: Sequence[Sequence[int]], prompts: Sequence[Tensor]
+) -> Tensor:
+    """`process` of logits (b, v), with what each row has written so far, and its prompt, counted if need be."""
     counts = seen = None
     if config.needs_counts:
         counts = on_device(count_tokens(written, logits.shape[1]), logits.device)
         seen = counts + on_device(count_tokens(prompts, logits.shape[1]), logits.device) > 0
-    logits = process(logits, config, counts, seen)
-    return greedy(logits) if config.is_greedy else sample(logits, generator)
+    return process(logits, config, counts, seen)
 
 
 def choose_each(

@@ -14,8 +14,10 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
         self.mixer = MambaMixer(config, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None):
-        """x (b,t,m), what is still to be added to `residual` (b,t,m) → the same two after this block, and its state."""
+    def forward(self, x: Tensor, residual: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None,
+                return_states: int | None = None):  # fmt: skip
+        """x (b,t,m), what is still to be added to `residual` (b,t,m) → the same two after this block, and its state, or
+        with `return_states` its states, as the mixer gives them."""
         x, residual = self.norm(x, residual)
-        x, state = self.mixer(x, state, cu_seqlens)
+        x, state = self.mixer(x, state, cu_seqlens, return_states)
         return x, residual, state

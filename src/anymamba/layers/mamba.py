@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anymamba.config import MambaConfig
 from anymamba.layers.linear import Linear
 from anymamba.ops import causal_conv1d, linear, selective_scan
-from anymamba.state import LayerState
+from anymamba.state import LayerState, places
 
 
 class StepProjection(Linear):
@@ -38,10 +38,15 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
 
-    def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None):
-        """u (b,t,m) → y (b,t,m) and the new LayerState. `cu_seqlens` as in `ops.selective_scan`."""
+    def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
+                return_states: int | None = None):  # fmt: skip
+        """u (b,t,m) → y (b,t,m) and the new LayerState. `cu_seqlens` and `return_states` as in `ops.selective_scan`.
+
+        With return_states = k the LayerState holds those after every k tokens and the last: (b,p,…), p = ⌈t/k⌉.
+        """
         conv_state, ssm_state = state if state is not None else (None, None)
         x, z = self.in_proj(u).chunk(2, dim=-1)
+        conv_states = None if return_states is None else self._conv_states(x, conv_state, return_states)
         x, conv_state = causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
             initial_state=conv_state, cu_seqlens=cu_seqlens,
@@ -49,11 +54,20 @@ class MambaMixer(nn.Module):
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        y, ssm_state = selective_scan(
+        y, ssm_state, *ssm_states = selective_scan(
             x, self.dt_proj(dt), A, B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
+            return_states=return_states,
         )  # fmt: skip
-        return self.out_proj(y), LayerState(conv_state, ssm_state)
+        after = LayerState(conv_state, ssm_state) if return_states is None else LayerState(conv_states, *ssm_states)
+        return self.out_proj(y), after
+
+    def _conv_states(self, x, before, k):
+        """The last w-1 of the inputs x (b,t,d) after every k tokens and the last: (b,p,d,w-1)."""
+        (b, t, d), w = x.shape, self.config.d_conv
+        before = x.new_zeros(b, w - 1, d) if before is None else before.transpose(1, 2).to(x.dtype)
+        after = torch.cat([before, x], 1).unfold(1, w - 1, 1)  # (b,t+1,d,w-1): at i those after i tokens
+        return after[:, list(places(t, k))]
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() must not round A, D and the step bias: errors in A compound over the whole text

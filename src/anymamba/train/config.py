@@ -1,14 +1,13 @@
 """What a training run does: one frozen dataclass with all defaults, kept as train.json in the run's folder."""
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from anymamba.config import MambaConfig
+from anymamba.config import MambaConfig, check_keys
 from anymamba.errors import AnymambaError
 
 DEFAULT_MINUTES = 3.0
@@ -125,12 +124,7 @@ class TrainConfig:
             raise AnymambaError(f"{path} is not JSON ({error}); copy the train.json of a run and edit that") from None
         if not isinstance(values, dict):
             raise AnymambaError(f"{path} holds a {type(values).__name__}, but a training config is an object {{…}}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise AnymambaError(f"{path}: unknown key {key!r}: {hint}known keys are {', '.join(known)}")
+        check_keys(cls, values, f"{path}: unknown key")
         lists = {name: tuple(v) for name in ("data", "betas") if isinstance(v := values.get(name), list)}
         return cls(**(values | lists))
 
