@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anymamba.kernels import cuda_launch, cuda_scan
+from anymamba import MambaConfig, MambaLM, MambaState
+from anymamba.generate.decode import _weights
+from anymamba.kernels import cuda_decode, cuda_launch, cuda_scan
 from conftest import OPTIONAL, REPO, scan_arguments
 
 KERNELS = REPO / "src" / "anymamba" / "kernels"
@@ -225,9 +227,46 @@ def test_kernels_compile(case, arch, shared, compiled_by, tmp_path):
                 assert used[name]["STACK"] + used[name]["LOCAL"] <= 80, f"{name} spills {used[name]} with {defines}"
 
 
+DECODED = {
+    "usual": ({}, (1, 8, 16, 128), torch.float32),
+    "lower": ({}, (3, 128), torch.bfloat16),
+    "few states": ({"d_state": 8, "d_conv": 1, "bias": True}, (1, 40), torch.float16),
+    "many states": ({"d_state": 128, "dt_rank": 40}, (2, 40), torch.bfloat16),
+}
+
+
+@compiler
+@pytest.mark.parametrize(("arch", "shared"), [("sm_90", 227 << 10), ("sm_80", 163 << 10), ("sm_86", 99 << 10)])
+@pytest.mark.parametrize("case", DECODED)
+def test_decoding_kernels_compile(case, arch, shared, monkeypatch, tmp_path):
+    changes, batches, dtype = DECODED[case]
+    seen = {}
+
+    def load(file, name, defines, _):
+        seen.setdefault((file, defines), set()).add(name)
+
+    monkeypatch.setattr(cuda_decode, "load", load)
+    monkeypatch.setattr(cuda_decode, "_shared_limit", lambda _: shared - 2048)
+    config = MambaConfig(**{"d_model": 768, "n_layer": 1, "vocab_size": 1000} | changes)
+    fits = cuda_decode.supports(config, torch.bfloat16, torch.device("cpu"))
+    assert fits == (case != "many states" or shared > 100 << 10)
+    if not fits:
+        return
+    model = MambaLM(config).bfloat16()
+    for b in batches:
+        state = MambaState.zeros(config, b, dtype=torch.bfloat16).to(ssm_dtype=dtype)
+        cuda_decode.Step(*_weights(model), config, state.layers)
+    for (file, defines), names in seen.items():
+        source, headers = cuda_launch.read(file)
+        used = resources(cuda_launch.compile(source, file, defines, arch, headers), tmp_path)
+        assert used.keys() >= names
+        assert all(used[name]["STACK"] + used[name]["LOCAL"] == 0 for name in names), (used, defines)
+
+
 def test_every_source_is_checked_and_in_the_wheel():
     sources = {path.name for path in KERNELS.glob("*.cu")}
-    assert sources == {"cuda_scan.cu", "cuda_scan_backward.cu", "cuda_scan_pieces.cu"}  # as compiled above
+    scan, decode = ("", "_backward", "_pieces"), ("_product", "_step")  # as compiled above
+    assert sources == {f"cuda_scan{part}.cu" for part in scan} | {f"cuda_decode{part}.cu" for part in decode}
     wheel = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(REPO))
     shipped = {Path(file.distribution_path).name for file in wheel.recurse_included_files()}
     assert shipped >= sources | {path.name for path in KERNELS.glob("*.cuh")}

@@ -403,7 +403,7 @@ def test_beams_stop_at_stop_strings(byte_model):
         (["hello"], {}, "prompts are token ids, not text"),
         ([1, 2], {}, r"prompt 0 is \(\), but must be \(t,\); for one pass \[prompt\]"),
         ([[1], []], {}, "prompt 1 is empty; give it a token to start from"),
-        ([[1.5]], {}, "prompt 0 is torch.float32, but token ids are whole numbers"),
+        ([[1.5]], {}, "prompt 0 is torch.float64, but token ids are whole numbers"),
         ([[True]], {}, "prompt 0 is torch.bool, but token ids are whole numbers"),
         (None, {}, "prompts=None, but it must be a list of prompts, of ids each"),
         (b"ab", {}, "prompts are token ids, not text"),

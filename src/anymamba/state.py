@@ -78,7 +78,7 @@ class MambaState:
             raise AnymambaError(
                 f"state.select: rows {index.tolist()}, but the state has rows 0 … {self.batch_size - 1}"
             )
-        index = index.to(self.seen.device)
+        index = index.to(self.seen.device, non_blocking=True)
         return self._map(lambda v: v.index_select(0, index))
 
     def fork(self, copies: int) -> Self:

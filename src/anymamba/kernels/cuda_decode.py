@@ -122,7 +122,7 @@ class Step:
                 *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
                 self.y.data_ptr())  # fmt: skip
         grid = (c.d_inner // _channels(c), math.ceil(self.b / self.rows), 1)
-        shared = _scan_bytes(c, self.rows, state.ssm.element_size())
+        shared = self._scan_bytes()
         self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
 
     def _out(self, block, next_norm):
@@ -172,10 +172,13 @@ class Step:
     def _conv(self, block, state):
         return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
+    def _scan_bytes(self):
+        return _scan_bytes(self.config, self.rows, self.layers[0].ssm.element_size())
+
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
         sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
-        return self._kernel("step", name, ROWS=self.rows, SLICES=self.slices, **sizes)
+        return self._kernel("step", name, ROWS=self.rows, SLICES=self.slices, SHARED=self._scan_bytes(), **sizes)
 
     # ---- memory and kernels ----
 

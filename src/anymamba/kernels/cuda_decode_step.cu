@@ -99,6 +99,7 @@ struct Shared {
     float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
     i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
+static_assert(sizeof(Shared) <= SHARED, "cuda_decode.py counts the bytes of this struct");
 
 #define ITEMS ((ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
 
