@@ -1,4 +1,4 @@
-"""The decoder on a real GPU: its kernels against the model, graphs, batches that change, generation that waits for none.
+"""The decoder on a real GPU: kernels against the model, graphs, batches that change, generation that waits for no token.
 
 python -m pytest tests/test_gpu_decode.py
 """

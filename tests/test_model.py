@@ -283,7 +283,7 @@ def test_bad_input_is_refused():
         ({"ids": [1, 2]}, "ids are (2,) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
         ({"ids": [[1, 2], [3]]}, "ids: a list that makes no tensor"),
         ({"ids": "text"}, "ids: a str that makes no tensor"),
-        ({"ids": [[0.5]]}, "ids are (1, 1) torch.float32, but must be integers"),
+        ({"ids": [[0.5]]}, "ids are (1, 1) torch.float64, but must be integers"),
         ({}, "give ids (b,t) or embeddings (b,t,m), one of the two"),
         ({"ids": ids, "embeddings": torch.zeros(2, 9, 32)}, "give ids (b,t) or embeddings (b,t,m), one of the two"),
         ({"embeddings": torch.zeros(2, 9, 31)}, "embeddings are (2, 9, 31), but must be (b,t,32)"),
