@@ -1,4 +1,4 @@
-"""The decoder on a real GPU: kernels against the model, graphs, batches that change, generation that waits for no token.
+"""The decoder on a real GPU: kernels against the model, graphs, batches that change, generation that never waits.
 
 python -m pytest tests/test_gpu_decode.py
 """
@@ -46,6 +46,8 @@ def ids(config, *shape):
 
 
 def error(a, b):
+    if a.numel() == 0:  # the state of a convolution of width 1
+        return 0.0
     return ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-6)).item()
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.generate.checks import checked_prompts, require_positive
-from anymamba.generate.read import Reading, read_batch
+from anymamba.generate.read import Reading, chunk_for, read_batch
 from anymamba.state import MambaState
 
 SUFFIX = ".state"
+AT_ONCE = 16  # blocks of `every` tokens that are read at a time: memory holds a state for each
 
 
 class Prefix(NamedTuple):
@@ -75,6 +76,8 @@ class PrefixCache:
         """`read` of b prompts of any lengths, side by side: logits (b,v) and a state of b rows."""
         prompts = checked_prompts(self.model, prompts, None)
         found = [self.start(ids) for ids in prompts]
+        if len(prompts) == 1:
+            return self._read_one(prompts[0], found[0])
 
         def keep(counts: list[int], states: MambaState) -> None:
             for row, (prefix, count) in enumerate(zip(found, counts, strict=True)):
@@ -85,6 +88,20 @@ class PrefixCache:
         out = read_batch(self.model, rests, state, chunk=self.every, on_chunk=keep)
         self.trim()
         return out
+
+    @torch.no_grad()
+    def _read_one(self, ids: Tensor, prefix: Prefix) -> Reading:
+        """A prompt alone is read in long pieces, which bring the states at the checkpoints within them."""
+        state, position, ids = prefix.state, prefix.position, ids[None].to(self.model.device)
+        piece = self.every * max(1, min(AT_ONCE, chunk_for(self.model) // self.every))
+        while position < ids.shape[1]:
+            part = ids[:, position : position + piece]
+            out = self.model(part, state=state, last_only=True, return_states=self.every)
+            for count in range(self.every, part.shape[1] + 1, self.every):
+                self.keep(prefix, position + count, out.states.after(count))
+            position, state = position + part.shape[1], out.state
+        self.trim()
+        return Reading(out.logits[:, -1], state)
 
     # ---- for those who read by themselves ----
 

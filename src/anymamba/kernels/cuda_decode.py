@@ -43,6 +43,8 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int, limit: int) -> dic
         plan |= {"BLOCKS": 1, "units": 8 if b <= 4 else units}
     elif epilogue == OUT and NT == 1:  # the fewest blocks: more of the matrix is on its way before x is there
         plan["DEPTH"] = 4
+    elif epilogue != OUT and NT == 2:  # many blocks, and smaller ones so that more run at a time
+        plan |= {"DEPTH": 2, "BLOCKS": 3}
     while _product_bytes(plan) > limit:
         plan["DEPTH"] -= 1
     return plan
