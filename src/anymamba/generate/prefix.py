@@ -96,7 +96,8 @@ class PrefixCache:
         piece = self.every * max(1, min(AT_ONCE, chunk_for(self.model) // self.every))
         while position < ids.shape[1]:
             part = ids[:, position : position + piece]
-            out = self.model(part, state=state, last_only=True, return_states=self.every)
+            every = self.every if part.shape[1] >= self.every else None  # less than a block has no checkpoint
+            out = self.model(part, state=state, last_only=True, return_states=every)
             for count in range(self.every, part.shape[1] + 1, self.every):
                 self.keep(prefix, position + count, out.states.after(count))
             position, state = position + part.shape[1], out.state
