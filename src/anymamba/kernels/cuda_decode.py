@@ -17,7 +17,6 @@ from anymamba.kernels.cuda_launch import load
 
 FEW = 16
 THREADS = 256
-SCAN_BLOCKS = 4
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
@@ -27,7 +26,7 @@ def supports(config, dtype: torch.dtype, device: torch.device) -> bool:
     sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 8 == 0
     if dtype != torch.bfloat16 or not sizes or config.d_state not in (8, 16, 32, 64, 128) or config.rank > 512:
         return False
-    return _scan_bytes(config, True, 8, 4) <= _shared_limit(device)
+    return _scan_bytes(config, 8, 4) <= _shared_limit(device)
 
 
 @functools.cache
@@ -57,10 +56,10 @@ def _product_bytes(plan):
     return plan["WARPS"] * max(plan["DEPTH"] * (rows + columns) * 128, rows * (columns + 1) * 4)
 
 
-def _scan_bytes(config, few, rows, element):
+def _scan_bytes(config, rows, element):
     """Of `struct Shared` of cuda_decode_step.cu, for states of so many bytes."""
     n, channels, pitch = config.d_state, _channels(config), math.ceil(config.rank / 16) * 16 + 8
-    shared = rows * channels * (n * element + 4) + 2 * ((channels if few else 1) + rows) * pitch
+    shared = rows * channels * (n * element + 4) + 2 * (channels + rows) * pitch
     return shared + 4 * rows * (2 * n + channels + 1) + 64
 
 
@@ -176,12 +175,12 @@ class Step:
         return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
     def _scan_bytes(self):
-        return _scan_bytes(self.config, self.b <= FEW, self.rows, self.layers[0].ssm.element_size())
+        return _scan_bytes(self.config, self.rows, self.layers[0].ssm.element_size())
 
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
-        sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv, "SHARED": self._scan_bytes()}
-        return self._kernel("step", name, ROWS=self.rows, SLICES=self.slices, FEW=int(self.b <= FEW), BLOCKS=1 if self.b <= FEW else SCAN_BLOCKS, **sizes)
+        sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
+        return self._kernel("step", name, ROWS=self.rows, SLICES=self.slices, SHARED=self._scan_bytes(), **sizes)
 
     # ---- memory and kernels ----
 

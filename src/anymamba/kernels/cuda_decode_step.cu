@@ -95,7 +95,7 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 
 struct Shared {
     uint4 states[ROWS][CHANNELS * Q];
-    b16 weight[FEW ? CHANNELS : 1][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
+    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
     float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
     i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
@@ -125,23 +125,15 @@ __device__ __forceinline__ void gather(Shared& s, const float* parts, int row, i
     }
 }
 
-// Two neighbours of a row of the projection: of the copy in shared memory, or, where many blocks do with less of it, as
-// they come.
-__device__ __forceinline__ unsigned weight_at(const Shared& s, const b16* weight, int channel, int r) {
-    if (FEW) return *(const unsigned*)&s.weight[channel][r];
-    return r / 8 * 8 < RANK ? *(const unsigned*)(weight + channel * RANK + r) : 0;
-}
-
 // The step sizes of 16 channels and 8 rows.
-__device__ __forceinline__ void project(Shared& s, const b16* weight, int tile, int rows, const float* bias) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, low = tile + g, high = low + 8;
+__device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float sum[2][4] = {};  // two chains that do not wait for each other
 #pragma unroll
     for (int k = 0; k < DEEP; k++) {
-        const b16* v = &s.raw[rows + g][16 * k + 2 * t];
-        mma(sum[k % 2], weight_at(s, weight, low, 16 * k + 2 * t), weight_at(s, weight, high, 16 * k + 2 * t),
-            weight_at(s, weight, low, 16 * k + 2 * t + 8), weight_at(s, weight, high, 16 * k + 2 * t + 8),
-            *(const unsigned*)v, *(const unsigned*)(v + 8));
+        const b16 *a = &s.weight[tile + g][16 * k + 2 * t], *v = &s.raw[rows + g][16 * k + 2 * t];
+        mma(sum[k % 2], *(const unsigned*)a, *(const unsigned*)(a + 8 * PITCH), *(const unsigned*)(a + 8),
+            *(const unsigned*)(a + 8 * PITCH + 8), *(const unsigned*)v, *(const unsigned*)(v + 8));
     }
 #pragma unroll
     for (int e = 0; e < 4; e++)
@@ -150,7 +142,7 @@ __device__ __forceinline__ void project(Shared& s, const b16* weight, int tile, 
 
 // y (b,d) of CHANNELS channels and ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d),
 // xz (b,2d), A (d,n) in the unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
           const float* A, const float* D, uint4* state, b16* y) {
     extern __shared__ __align__(128) char memory[];
@@ -165,11 +157,10 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
     __syncthreads();
 #endif
     bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
-    dt_weight += first * (i64)RANK;
-    if (FEW) bring(s.weight, PITCH * 2, dt_weight, RANK * 2, CHANNELS, RANK * 2, &s.early);
+    bring(s.weight, PITCH * 2, dt_weight + first * (i64)RANK, RANK * 2, CHANNELS, RANK * 2, &s.early);
     arrive(&s.early);
-    for (int i = threadIdx.x; i < ((FEW ? CHANNELS : 1) + ROWS) * (DEEP * 16 - RANK); i += THREADS) {
-        const int r = i / (DEEP * 16 - RANK);  // weight and raw lie end to end
+    for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
+        const int r = i / (DEEP * 16 - RANK);
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
     }
     const int tile = 16 * (warp % TILES), g = threadIdx.x % 32 / 4;
@@ -195,7 +186,7 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
     gather(s, parts, row, b);
     await(&s.early);
     __syncthreads();
-    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, dt_weight, tile, i, bias);
+    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
     await(&s.late);
     __syncthreads();
 #pragma unroll 2
