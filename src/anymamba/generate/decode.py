@@ -74,6 +74,8 @@ def _kernels_for(model: MambaLM) -> ModuleType | None:
     backend, _ = explain(model.device, *dtypes, "decode")
     if backend == "cuda":
         from anymamba.kernels import cuda_decode as kernels
+    elif backend == "numba":
+        from anymamba.kernels import numba_decode as kernels
     else:
         return None
     return kernels if kernels.supports(model.config, *dtypes) else None
