@@ -53,12 +53,14 @@ def _dot4(x, x_at, x_row, weight, at, k, y, y_at, y_row):
 def products(x, x_at, x_row, weight, k, first, last, rows, y, y_row):
     """y[r, o] = Σ x[r] · weight[o] for outputs first … last. Rows of x begin at x_at and lie x_row apart.
 
-    Each weight comes from memory once, and from the cache once for four rows.
+    Each weight comes from memory once: four rows of x, which stay in the L1 cache, go over all outputs before the next
+    four, for which the weights are in the L2 cache.
     """
-    for o in range(first, last):
-        for r in range(0, rows - 3, 4):
+    for r in range(0, rows - 3, 4):
+        for o in range(first, last):
             _dot4(x, x_at + r * x_row, x_row, weight, o * k, k, y, r * y_row + o, y_row)
-        for r in range(rows // 4 * 4, rows):
+    for r in range(rows // 4 * 4, rows):
+        for o in range(first, last):
             _dot(x, x_at + r * x_row, weight, o * k, k, y, r * y_row + o)
 
 
