@@ -39,7 +39,8 @@ from anymamba.kernels.numba_step import advance, outputs, step_inputs
 
 MAX_ROWS = 32  # above, torch's matrix products are faster than ours
 CHANNELS = 2 * LANES  # of a work item that convolves or scans
-OUTPUTS = 8  # of a work item of the long products x_proj and out_proj
+OUTPUTS = 8  # of a work item of x_proj: it has few
+MODEL_OUTPUTS = 16  # of a work item of out_proj
 WORDS = 64  # of a work item of the head
 
 PHASES = 4  # of a block
@@ -76,19 +77,16 @@ def _convolve(x, x_at, state, at, weight, bias, has_bias, c, count, w, past):
     kept = w - 1
     for j in range(0, count * kept, LANES):
         store(past, j, load(state, at + j, count * kept - j), LANES)
-    for i in range(count):
+    for i in range(count - 1, -1, -1):
         total = x[x_at + i] * weight[(c + i) * w + kept]
         if has_bias:
             total += bias[c + i]
         for k in range(kept):
             total += past[i * kept + k] * weight[(c + i) * w + k]
-        for k in range(1, kept):
-            past[i * kept + k - 1] = past[i * kept + k]
-        if kept > 0:
-            past[i * kept + kept - 1] = x[x_at + i]
+        past[(i + 1) * kept] = x[x_at + i]  # over the oldest of the next channel: seen from one place on, all moved
         x[x_at + i] = total
     for j in range(0, count * kept, LANES):
-        store(state, at + j, load(past, j, LANES), count * kept - j)
+        store(state, at + j, load(past, j + 1, LANES), count * kept - j)
     for i in range(0, count, LANES):
         v = load(x, x_at + i, count - i)
         store(x, x_at + i, v * sigmoid(v), count - i)
@@ -158,11 +156,11 @@ def _scan(p, q, weight, h, counters, s, u, acc):
 @njit
 def _out_proj(p, q, weight, counters):
     """The residual stream (b,m) plus what the block adds."""
-    rows, m, d, items = p[ROWS], p[D_MODEL], p[D_INNER], -(-p[D_MODEL] // OUTPUTS)
+    rows, m, d, items = p[ROWS], p[D_MODEL], p[D_INNER], -(-p[D_MODEL] // MODEL_OUTPUTS)
     y, mixed, residual = pointer(p[Y], F32), pointer(p[MIXED], F32), pointer(p[RESIDUAL], F32)
     done, item = 0, next_item(counters)
     while item < items:
-        first, last = item * OUTPUTS, min((item + 1) * OUTPUTS, m)
+        first, last = item * MODEL_OUTPUTS, min((item + 1) * MODEL_OUTPUTS, m)
         products(y, 0, d, weight, d, first, last, rows, mixed, m)
         if q[OUT_BIAS] != 0:
             _add_bias(mixed, m, pointer(q[OUT_BIAS], F32), first, last, rows)
