@@ -48,8 +48,8 @@ PHASES = 4  # of a block
 (NORM, IN_PROJ, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_MATRIX, D_SKIP, OUT_PROJ, OUT_BIAS, CONV_STATE,
  SSM_STATE, FIELDS) = range(15)  # fmt: skip
 # the places of the parameters of the launch
-(PLAN, LAYERS, ROWS, D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, RESIDUAL, XZ, PROJECTED, DT, Y, MIXED, NORM_F, HEAD, LOGITS, V, V_ROW, EPS,
- COUNTERS, GIVE_WAY) = range(HEADER, HEADER + 22)  # fmt: skip
+(PLAN, LAYERS, ROWS, D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, RESIDUAL, XZ, PROJECTED, DT, Y, MIXED, NORM_F, HEAD,
+ LOGITS, V, V_ROW, EPS, COUNTERS, GIVE_WAY) = range(HEADER, HEADER + 22)  # fmt: skip
 
 
 # ---- the parts of a block -------------------------------------------------------------------------------------------
@@ -98,7 +98,14 @@ def _convolve(x, x_at, state, at, weight, bias, has_bias, c, count, w, past):
 @njit
 def _in_proj(p, q, weight, state, counters, u, past):
     """xz (b,2d) from the residual stream; its x convolved."""
-    rows, m, d, w, xz, items = p[ROWS], p[D_MODEL], p[D_INNER], p[D_CONV], pointer(p[XZ], F32), -(-2 * p[D_INNER] // CHANNELS)
+    rows, m, d, w, xz, items = (
+        p[ROWS],
+        p[D_MODEL],
+        p[D_INNER],
+        p[D_CONV],
+        pointer(p[XZ], F32),
+        -(-2 * p[D_INNER] // CHANNELS),
+    )
     done, item = 0, next_item(counters)
     if item < items:
         _normed(pointer(p[RESIDUAL], F32), pointer(q[NORM], F32), rows, m, pointer(p[EPS], F64)[0], u)
@@ -133,7 +140,14 @@ def _x_proj(p, weight, counters):
 @njit
 def _scan(p, q, weight, h, counters, s, u, acc):
     """Step sizes, states and y (b,d), gated."""
-    rows, d, n, r, width, items = p[ROWS], p[D_INNER], p[D_STATE], p[DT_RANK], p[DT_RANK] + 2 * p[D_STATE], -(-p[D_INNER] // CHANNELS)
+    rows, d, n, r, width, items = (
+        p[ROWS],
+        p[D_INNER],
+        p[D_STATE],
+        p[DT_RANK],
+        p[DT_RANK] + 2 * p[D_STATE],
+        -(-p[D_INNER] // CHANNELS),
+    )
     projected, xz, dt, y = pointer(p[PROJECTED], F32), pointer(p[XZ], F32), pointer(p[DT], F32), pointer(p[Y], F32)
     A, D, bias = pointer(q[A_MATRIX], F32), pointer(q[D_SKIP], F32), pointer(q[DT_BIAS], F32)
     done, item = 0, next_item(counters)
@@ -212,7 +226,7 @@ def supports(config, dtype):
 
 
 class Step:
-    """One token of every row, at each call; the states in `layers` are advanced in place.
+    """One token of each row, at each call; the states in `layers` are advanced in place.
 
     blocks: a `BlockWeights` for each layer; embedding, head (v,m); norm_f (m,); layers: a `LayerState` for each layer,
     conv (b,d,w-1) in the dtype of the weights, ssm (b,d,n) in any of `STORAGE`.
@@ -235,14 +249,19 @@ class Step:
             address(self.counters), give_way_address(),
         ]  # fmt: skip
         weights = head.numel() + sum(v.numel() for block in blocks for v in block if v is not None)
-        self.work = rows * weights // LANES
+        self.work = weights // LANES  # of a row
 
     def __call__(self, ids):
-        """ids (b,) int64 → logits (b,v) float32, -inf where the vocabulary is padded: overwritten by the next call."""
-        self.residual.copy_(F.embedding(ids, self.embedding))
+        """ids int64 of the first b rows → logits (b,v) float32, -inf where the vocabulary is padded.
+
+        They are overwritten by the next call.
+        """
+        b = len(ids)
+        self.residual[:b].copy_(F.embedding(ids, self.embedding))
         self.counters.zero_()
-        launch.launch(decode_step, self.types, launch.threads(), self.params, self.work)
-        return self.logits
+        self.params[ROWS - HEADER] = b
+        launch.launch(decode_step, self.types, launch.threads(), self.params, b * self.work)
+        return self.logits[:b]
 
 
 def _prepared(block):
