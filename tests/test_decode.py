@@ -237,6 +237,10 @@ def test_what_has_no_kernels_is_called(launches):
         Decoder(model).step(torch.tensor([1]), read(model, torch.tensor([[3, 4]]))[1])
     model.dropout = 0.5
     Decoder(model.train()).step(torch.tensor([1]), read(model, torch.tensor([[3, 4]]))[1])
+    model = built(CONFIGS["plain"])
+    state, forward = read(model, torch.tensor([[3, 4]]))[1], model.forward
+    model.forward = lambda *args, **options: forward(*args, **options)._replace(logits=torch.full((1, 1, 64), 3.0))
+    assert (Decoder(model).step(torch.tensor([1]), state)[0][:, :61] == 3).all()
     assert "decode_step" not in launches
 
 

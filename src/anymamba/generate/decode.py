@@ -70,8 +70,9 @@ def _kernels_for(model: MambaLM) -> ModuleType | None:
     dtypes = {p.dtype for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")}
     backbone, head = model.backbone, model.lm_head
     plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and is_bare(head) and not is_watched(model)
+    own = getattr(model.forward, "__func__", None) is not MambaLM.forward
     drops = model.dropout and model.training
-    if not plain or drops or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):
+    if own or not plain or drops or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):
         return None
     if any(block_weights(block) is None for block in backbone.layers):
         return None

@@ -38,10 +38,7 @@ from anymamba.kernels.numba_simd import keep_apart, load, store
 from anymamba.kernels.numba_step import advance, outputs, step_inputs
 
 MAX_ROWS = 32  # above, torch's matrix products are faster than ours
-CHANNELS = 2 * LANES  # of a work item that convolves or scans
-OUTPUTS = 8  # of a work item of x_proj: it has few
-MODEL_OUTPUTS = 16  # of a work item of out_proj
-WORDS = 64  # of a work item of the head
+MOST = 128  # outputs of a work item; their weights stay in the L2 cache while rows of x pass over them
 
 PHASES = 4  # of a block
 # the places of a block's addresses in its row of the plan
@@ -49,7 +46,7 @@ PHASES = 4  # of a block
  SSM_STATE, FIELDS) = range(15)  # fmt: skip
 # the places of the parameters of the launch
 (PLAN, LAYERS, ROWS, D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, RESIDUAL, XZ, PROJECTED, DT, Y, MIXED, NORM_F, HEAD,
- LOGITS, V, V_ROW, EPS, COUNTERS, GIVE_WAY) = range(HEADER, HEADER + 22)  # fmt: skip
+ LOGITS, V, V_ROW, EPS, COUNTERS, GIVE_WAY, THREADS) = range(HEADER, HEADER + 23)  # fmt: skip
 
 
 # ---- the parts of a block -------------------------------------------------------------------------------------------
@@ -92,25 +89,26 @@ def _convolve(x, x_at, state, at, weight, bias, has_bias, c, count, w, past):
         store(x, x_at + i, v * sigmoid(v), count - i)
 
 
+@njit
+def _share(outputs, threads, step):
+    """Outputs of a work item, a multiple of `step`: long streams of memory, but eight items a thread."""
+    return max(step, min(MOST, outputs // (8 * threads)) // step * step)
+
+
 # ---- the phases: work items of all threads, then a wait for the last of them ----------------------------------------
 
 
 @njit
 def _in_proj(p, q, weight, state, counters, u, past):
     """xz (b,2d) from the residual stream; its x convolved."""
-    rows, m, d, w, xz, items = (
-        p[ROWS],
-        p[D_MODEL],
-        p[D_INNER],
-        p[D_CONV],
-        pointer(p[XZ], F32),
-        -(-2 * p[D_INNER] // CHANNELS),
-    )
+    rows, m, d, w, xz = p[ROWS], p[D_MODEL], p[D_INNER], p[D_CONV], pointer(p[XZ], F32)
+    share = _share(2 * d, p[THREADS], LANES)
+    items = -(-2 * d // share)
     done, item = 0, next_item(counters)
     if item < items:
         _normed(pointer(p[RESIDUAL], F32), pointer(q[NORM], F32), rows, m, pointer(p[EPS], F64)[0], u)
     while item < items:
-        first, last = item * CHANNELS, min((item + 1) * CHANNELS, 2 * d)
+        first, last = item * share, min((item + 1) * share, 2 * d)
         products(u, 0, m, weight, m, first, last, rows, xz, 2 * d)
         if q[IN_BIAS] != 0:
             _add_bias(xz, 2 * d, pointer(q[IN_BIAS], F32), first, last, rows)
@@ -128,10 +126,11 @@ def _in_proj(p, q, weight, state, counters, u, past):
 def _x_proj(p, weight, counters):
     """dt, B and C before their projection, (b,r+2n), from x."""
     rows, d, width = p[ROWS], p[D_INNER], p[DT_RANK] + 2 * p[D_STATE]
-    x, out, items = pointer(p[XZ], F32), pointer(p[PROJECTED], F32), -(-width // OUTPUTS)
+    x, out, share = pointer(p[XZ], F32), pointer(p[PROJECTED], F32), _share(width, p[THREADS], 4)
+    items = -(-width // share)
     done, item = 0, next_item(counters)
     while item < items:
-        products(x, 0, 2 * d, weight, d, item * OUTPUTS, min((item + 1) * OUTPUTS, width), rows, out, width)
+        products(x, 0, 2 * d, weight, d, item * share, min((item + 1) * share, width), rows, out, width)
         done += 1
         item = next_item(counters)
     finish_phase(counters, done, items, p[GIVE_WAY])
@@ -140,19 +139,14 @@ def _x_proj(p, weight, counters):
 @njit
 def _scan(p, q, weight, h, counters, s, u, acc):
     """Step sizes, states and y (b,d), gated."""
-    rows, d, n, r, width, items = (
-        p[ROWS],
-        p[D_INNER],
-        p[D_STATE],
-        p[DT_RANK],
-        p[DT_RANK] + 2 * p[D_STATE],
-        -(-p[D_INNER] // CHANNELS),
-    )
+    rows, d, n, r, width = p[ROWS], p[D_INNER], p[D_STATE], p[DT_RANK], p[DT_RANK] + 2 * p[D_STATE]
+    share = _share(d, p[THREADS], LANES)
+    items = -(-d // share)
     projected, xz, dt, y = pointer(p[PROJECTED], F32), pointer(p[XZ], F32), pointer(p[DT], F32), pointer(p[Y], F32)
     A, D, bias = pointer(q[A_MATRIX], F32), pointer(q[D_SKIP], F32), pointer(q[DT_BIAS], F32)
     done, item = 0, next_item(counters)
     while item < items:
-        first, last = item * CHANNELS, min((item + 1) * CHANNELS, d)
+        first, last = item * share, min((item + 1) * share, d)
         products(projected, 0, width, weight, r, first, last, rows, dt, d)
         for row in range(rows):
             B, x = pointer(p[PROJECTED] + 4 * (row * width + r), F32), row * 2 * d
@@ -170,11 +164,12 @@ def _scan(p, q, weight, h, counters, s, u, acc):
 @njit
 def _out_proj(p, q, weight, counters):
     """The residual stream (b,m) plus what the block adds."""
-    rows, m, d, items = p[ROWS], p[D_MODEL], p[D_INNER], -(-p[D_MODEL] // MODEL_OUTPUTS)
+    rows, m, d, share = p[ROWS], p[D_MODEL], p[D_INNER], _share(p[D_MODEL], p[THREADS], 4)
+    items = -(-m // share)
     y, mixed, residual = pointer(p[Y], F32), pointer(p[MIXED], F32), pointer(p[RESIDUAL], F32)
     done, item = 0, next_item(counters)
     while item < items:
-        first, last = item * MODEL_OUTPUTS, min((item + 1) * MODEL_OUTPUTS, m)
+        first, last = item * share, min((item + 1) * share, m)
         products(y, 0, d, weight, d, first, last, rows, mixed, m)
         if q[OUT_BIAS] != 0:
             _add_bias(mixed, m, pointer(q[OUT_BIAS], F32), first, last, rows)
@@ -189,12 +184,13 @@ def _out_proj(p, q, weight, counters):
 @njit
 def _head(p, weight, counters, u):
     """The logits of the vocabulary without its padding."""
-    rows, m, v, items = p[ROWS], p[D_MODEL], p[V], -(-p[V] // WORDS)
+    rows, m, v, logits, share = p[ROWS], p[D_MODEL], p[V], pointer(p[LOGITS], F32), _share(p[V], p[THREADS], 4)
+    items = -(-v // share)
     item = next_item(counters)
     if item < items:
         _normed(pointer(p[RESIDUAL], F32), pointer(p[NORM_F], F32), rows, m, pointer(p[EPS], F64)[0], u)
     while item < items:
-        products(u, 0, m, weight, m, item * WORDS, min((item + 1) * WORDS, v), rows, pointer(p[LOGITS], F32), p[V_ROW])
+        products(u, 0, m, weight, m, item * share, min((item + 1) * share, v), rows, logits, p[V_ROW])
         item = next_item(counters)
 
 
@@ -203,7 +199,7 @@ def decode_step(dtypes):
     dtype, state_dtype = dtypes
 
     def kernel(p):
-        u, past = np.empty(p[ROWS] * p[D_MODEL], np.float32), np.empty(CHANNELS * p[D_CONV] + LANES, np.float32)
+        u, past = np.empty(p[ROWS] * p[D_MODEL], np.float32), np.empty(MOST * p[D_CONV] + LANES, np.float32)
         s, su, acc = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for layer in range(p[LAYERS]):
             q, at = pointer(p[PLAN] + 8 * layer * FIELDS, I64), p[COUNTERS] + 8 * layer * PHASES * PHASE
@@ -246,7 +242,7 @@ class Step:
         self.params = [
             address(plan), len(blocks), rows, m, d, n, r, config.d_conv, *map(address, (self.residual, *between)),
             *map(address, (norm_f, head, self.logits)), config.vocab_size, len(head), address(eps),
-            address(self.counters), give_way_address(),
+            address(self.counters), give_way_address(), 1,
         ]  # fmt: skip
         weights = head.numel() + sum(v.numel() for block in blocks for v in block if v is not None)
         self.work = weights // LANES  # of a row
@@ -259,7 +255,7 @@ class Step:
         b = len(ids)
         self.residual[:b].copy_(F.embedding(ids, self.embedding))
         self.counters.zero_()
-        self.params[ROWS - HEADER] = b
+        self.params[ROWS - HEADER], self.params[THREADS - HEADER] = b, launch.threads()
         launch.launch(decode_step, self.types, launch.threads(), self.params, b * self.work)
         return self.logits[:b]
 
