@@ -4,8 +4,8 @@ The threads go through the phases of every block together, and wait only between
 
     norm, in_proj, convolution  →  x_proj  →  dt_proj, scan, gate  →  out_proj, added to the residual stream
 
-then the last norm and the head. A decoder called op by op spends, beside the matrix products, a third of its time in
-Python, in operators of torch and in computing A again (docs/decisions.md).
+then the last norm and the head. Op by op, a token of a 130m model took 1.5 to 1.9 times its matrix products: Python,
+torch's dispatcher, threads that start and wait 200 times, A computed again. So it is one launch, and A is kept.
 
 Activations stay float32 between the products. Axes: b rows, m d_model, d d_inner, n d_state, r dt_rank, w d_conv,
 v padded vocabulary.
