@@ -1,15 +1,20 @@
 """What the processor can do: the roofline that every CPU benchmark begins with."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import njit
 
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
-from anymamba.kernels.numba_launch import next_item
+from anymamba.kernels.numba_launch import F32, address, next_item, pointer
 from anymamba.kernels.numba_math import exp2
-from anymamba.kernels.numba_simd import keep_apart, load, splat, store
+from anymamba.kernels.numba_simd import hsum, keep_apart, load, splat, store
 from common import measure
+
+ZERO = np.float32(0)
+STRETCH = 1 << 14  # numbers that a thread reads in a row
 
 
 @njit
@@ -30,6 +35,34 @@ def exponentials(_):
             item = next_item(p)
 
     return kernel
+
+
+@njit
+def _sum(x, start, count):
+    keep_apart()
+    a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+    for i in range(start, start + count, 4 * LANES):
+        a, b = a + load(x, i, LANES), b + load(x, i + LANES, LANES)
+        c, d = c + load(x, i + 2 * LANES, LANES), d + load(x, i + 3 * LANES, LANES)
+    return hsum((a + b) + (c + d))
+
+
+@launch.Kernel
+def sums(_):
+    def kernel(p):
+        x, y = pointer(p[2], F32), pointer(p[3], F32)
+        item = next_item(p)
+        while item < p[1]:
+            y[item] = _sum(x, item * STRETCH, STRETCH)
+            item = next_item(p)
+
+    return kernel
+
+
+def reading(items: int = 4096) -> tuple[Callable, int]:
+    """A function that reads memory as fast as all threads can, larger than any cache, and how many bytes it reads."""
+    x, y = torch.ones(items * STRETCH), torch.empty(items)
+    return lambda: launch.launch(sums, None, items, [*map(address, (x, y))]), 4 * x.numel()
 
 
 def exponential_rate() -> float:

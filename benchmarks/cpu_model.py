@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from anymamba import MambaConfig, MambaLM
+from anymamba.generate.decode import Decoder
 from common import Report, arguments, measure, median, quiet, ratio, spread
 
 
@@ -114,6 +115,8 @@ def train(report, t=1024):
 
 
 def decode(report, steps=20):
+    from cpu_limits import reading
+
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         model = build(dtype)
         other = peer(model)
@@ -123,20 +126,39 @@ def decode(report, steps=20):
             cache = other(prompt, use_cache=True).cache_params
 
         @torch.inference_mode()
-        def ours(model=model, state=state, token=token):
+        def called(model=model, state=state, token=token):
             return model(token, state).logits
 
         @torch.inference_mode()
         def theirs(other=other, cache=cache, token=token):
             return other(token, cache_params=cache, use_cache=True).logits
 
-        times = measure({"ours": ours, "linear": linears(model, 1), "transformers": theirs}, rounds=steps)
+        read, size = reading()
+        functions = {"ours": steps_of(model, state, 1), "ours, 8 rows": steps_of(model, state, 8), "model": called,
+                     "linear": linears(model, 1), "reading": read, "transformers": theirs}  # fmt: skip
+        times = measure(functions, rounds=steps)
         for key, v in times.items():
             report.add(f"decode {name}: {key}, ms", spread(v), median=median(v))
         r, speed = ratio(times["ours"], times["linear"]), 1 / median(times["ours"])
         report.add(f"decode {name} / linear layers", f"{r:8.2f} ×   (target ≤ 1.3), {speed:.1f} tokens/s",
                    ratio=r, tokens_per_s=speed)  # fmt: skip
+        share = ratio(times["reading"], times["ours"]) * model.bytes_per_step() / size
+        report.add(f"decode {name}, share of the memory's speed", f"{share:8.2f}     (target ≥ 0.8)", ratio=share)
+        r = 8 * ratio(times["ours"], times["ours, 8 rows"])
+        report.add(f"decode {name}, 8 rows / 1 row in tokens/s", f"{r:8.2f} ×   (target ≥ 4)", ratio=r)
+        report.compare(f"decode {name} vs model(ids, state)", times, "ours", "model", "> 1")
         report.compare(f"decode {name} vs transformers", times, "ours", "transformers", "> 1")
+
+
+def steps_of(model, state, rows):
+    """A function that decodes one token of `rows` rows, each call the next one."""
+    decoder, ids, state = Decoder(model), torch.full((rows,), 17), state.fork(rows)
+
+    def step():
+        nonlocal state
+        _, state = decoder.step(ids, state)
+
+    return step
 
 
 PARTS = {"prefill": prefill, "train": train, "decode": decode}

@@ -325,7 +325,7 @@ def test_doctor_tests_every_kernel(command):
     tested = re.findall(
         r"^  (\w+) +cpu +(\w+) +(\w+) +error \de-\d\d  first +[\d.]+ s, then +[\d.]+ ms  ok$", out, re.M
     )
-    ops = ("selective_scan", "causal_conv1d", "add_rms_norm")
+    ops = ("selective_scan", "causal_conv1d", "add_rms_norm", "decode")
     assert tested == [(op, dtype, backend) for dtype in ("float32", "bfloat16", "float16") for op in ops]
 
 
@@ -335,7 +335,7 @@ def test_doctor_tells_which_op_runs_where(command, monkeypatch):
     monkeypatch.setattr(doctor, "_self_test", lambda console: False)
     out = command("doctor")[1]
     assert re.search(r"^  cpu float32 +cuda +selective_scan: the fastest$", out, re.M)
-    assert re.search(r"^  cpu float32 +triton +causal_conv1d, add_rms_norm: good$", out, re.M)
+    assert re.search(r"^  cpu float32 +triton +causal_conv1d, add_rms_norm, decode: good$", out, re.M)
 
 
 def test_doctor_finds_a_wrong_kernel(command, monkeypatch):
@@ -349,7 +349,7 @@ def test_doctor_finds_a_wrong_kernel(command, monkeypatch):
     code, out, _ = command("doctor")
     assert code == 1
     assert re.search(r"^  causal_conv1d .* error 1e-02 .* WRONG$", out, re.M)
-    assert len(re.findall(r"ok$", out, re.M)) == 6
+    assert len(re.findall(r"ok$", out, re.M)) == 9
 
 
 def test_doctor_on_a_backend_that_cannot_run_and_one_that_breaks(command, monkeypatch):
@@ -360,7 +360,7 @@ def test_doctor_on_a_backend_that_cannot_run_and_one_that_breaks(command, monkey
     assert code == 1
     assert "cuda       not tested: backend='cuda' cannot run here: " in out
     assert "ZeroDivisionError: division by zero" in out
-    assert len(re.findall(r"ok$", out, re.M)) == 6
+    assert len(re.findall(r"ok$", out, re.M)) == 12
 
 
 def test_the_long_case_and_the_loss_that_doctor_tests_on_gpus():

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from anymamba import __version__, ops
+from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.generate.decode import Decoder
 from anymamba.layers import linear_cross_entropy
+from anymamba.model import MambaLM
 
 HELP = """usage: anymamba doctor
 
@@ -111,7 +114,7 @@ def _backends(console):
 
 def kernels(device: str, dtype: torch.dtype, op: str) -> list[str]:
     """The backends with a kernel of `op` for a device type; a GPU's are listed although some cannot run here."""
-    if device == "cpu":
+    if device == "cpu" or op == "decode":
         return [ops.explain(device, dtype, op=op)[0]]
     return ["cuda", "triton"] if device == "cuda" and op == "selective_scan" else ["triton"]
 
@@ -121,7 +124,7 @@ def _self_test(console) -> bool:
     failed = False
     for device in devices():
         for dtype in DTYPES:
-            for name in CASES if device == "cpu" else GPU_CASES:
+            for name in [*(CASES if device == "cpu" else GPU_CASES), "decode"]:
                 op = name.split(",")[0]
                 for backend in kernels(device, dtype, op):
                     said, good = _test(name, dtype, backend, device)
@@ -200,11 +203,27 @@ GPU_CASES = CASES | {
     "selective_scan, long": (_scan, _scan_shapes(1, 1501, D, N), {0, 1, 6}),  # time goes in chunks
     "cross_entropy": (_loss, [(T, D), (50, D)], {0, 1}),
 }
-OPS = tuple(CASES)
+OPS = (*CASES, "decode")
+
+
+def _decoded(dtype, device, real) -> list[Tensor]:
+    """Logits and states of a few steps of a small model, which goes through `linear` for the text before them."""
+    config = MambaConfig(vocab_size=50, d_model=37, n_layer=2, d_state=N)
+    ids = torch.arange(7 * B, device=device).view(7, B)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = MambaLM(config).to(dtype).to(device, real)
+        decoder, state = Decoder(model), model(ids[:1].T).state
+        for token in ids[1:]:
+            logits, state = decoder.step(token, state)
+        layers = [v.double().cpu() for layer in state.layers for v in layer]
+        return [logits[:, : config.vocab_size].double().cpu(), *layers]
 
 
 def _results(name, dtype, backend, device, real=None) -> list[Tensor]:
     """Outputs and gradients on the CPU; `real` to compute with, dtype if None, on inputs that dtype has rounded."""
+    if name == "decode":
+        return _decoded(dtype, device, real)
     function, shapes, activations = GPU_CASES[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.checkpoint.native import load_config
-from anymamba.cli.doctor import OPS, kernels
+from anymamba.cli.doctor import kernels
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.generate.decode import Decoder
 from anymamba.model import MambaLM
 from anymamba.train.hardware import choose_device
 
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
 def warm(config: MambaConfig, device: torch.device, name: str, b: int, t: int) -> bool:
     """Compile for one dtype, a line each; whether something did not work."""
     dtype, failed = DTYPES[name], False
-    for op in OPS:
+    for op in CALLS:
         for backend in kernels(device.type, dtype, op):
             calls = CALLS[op](config, device, dtype, b, t, backend)
             said, good = _timed(lambda calls=calls: [call() for call in calls])
@@ -175,3 +176,5 @@ def _model(config: MambaConfig, device: torch.device, dtype: torch.dtype, b: int
     with torch.inference_mode():
         state = model(**inputs(t), last_only=True).state
         model(**inputs(1), state=state, last_only=True)
+        if small.vocab_size is not None:
+            Decoder(model).step(inputs(1)["ids"][:, 0], state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from anymamba.backends import explain
 from anymamba.generate.rows import read
 from anymamba.layers.loss import is_bare
-from anymamba.layers.step import block_weights, is_watched
+from anymamba.layers.step import block_weights, is_plain, is_watched
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
 
@@ -56,40 +56,48 @@ class _Steps(Protocol):
 def _batch_for(model, rows, state_dtype) -> _Steps:
     """What decodes `rows` rows."""
     if not isinstance(model, MambaLM):
-        return _Called(model)
+        return _Called(model, rows, None)
     kernels = _kernels_for(model)
     if model.device.type == "cuda":
         return _Recorded(model, kernels, rows, state_dtype)
-    return _Called(model) if kernels is None else _Batch(model, kernels, rows, state_dtype)
+    if kernels is None or rows > kernels.MAX_ROWS:
+        return _Called(model, rows, state_dtype)
+    return _Batch(model, kernels, rows, state_dtype)
 
 
 def _kernels_for(model: MambaLM) -> ModuleType | None:
     """The module whose `Step` computes whole blocks of this model, None where the model's own forward has to do it."""
     dtypes = {p.dtype for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")}
-    watched = is_watched(model) or is_watched(model.backbone) or not is_bare(model.lm_head)
-    if watched or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):
+    backbone, head = model.backbone, model.lm_head
+    plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and is_bare(head) and not is_watched(model)
+    own = getattr(model.forward, "__func__", None) is not MambaLM.forward
+    drops = model.dropout and model.training
+    if own or not plain or drops or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):
         return None
-    if any(block_weights(block) is None for block in model.backbone.layers):
+    if any(block_weights(block) is None for block in backbone.layers):
         return None
     backend, _ = explain(model.device, *dtypes, "decode")
     if backend == "cuda":
         from anymamba.kernels import cuda_decode as kernels
+    elif backend == "numba":
+        from anymamba.kernels import numba_decode as kernels
     else:
         return None
     return kernels if kernels.supports(model.config, *dtypes, model.device) else None
 
 
 class _Called:
-    """The model as it is."""
+    """The model as it is. For other rows there may be kernels."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, rows: int, state_dtype: torch.dtype | None):
+        self.model, self.rows, self.state_dtype = model, rows, state_dtype
 
     def fits(self, rows: int) -> bool:
-        return True
+        return rows == self.rows
 
     def step(self, ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        return read(self.model, ids[:, None], state)
+        logits, state = read(self.model, ids[:, None], state)
+        return logits, state if self.state_dtype is None else state.to(ssm_dtype=self.state_dtype)
 
 
 class _Batch:
@@ -104,25 +112,27 @@ class _Batch:
         self._kernel = None if kernels is None else kernels.Step(*_weights(model), model.config, self.state.layers)
 
     def fits(self, rows: int) -> bool:
-        return rows == self.rows
+        return self.rows // 4 < rows <= self.rows
 
     def step(self, ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         b = len(ids)
+        self.model._check_ids(ids[:, None])
         if state is not self.out or state.batch_size != b:
+            self.model._check_state(state, b)
             self.out = MambaState(tuple(type(layer)(*(v[:b] for v in layer)) for layer in self.state.layers),
                                   self.state.seen[:b])  # fmt: skip
             torch._foreach_copy_(_tensors(self.out), _tensors(state))
         self.ids[:b].copy_(ids, non_blocking=True)
-        return self.advance()[:b], self.out
+        return self.advance(b)[:b], self.out
 
-    def advance(self) -> Tensor:
-        """One step of all rows: logits (rows,v)."""
+    def advance(self, b: int) -> Tensor:
+        """One step of the first b rows, or of all: their logits."""
         if self._kernel is None:
             logits, after = read(self.model, self.ids[:, None], self.state)
             torch._foreach_copy_(_tensors(self.state), _tensors(after))
             return logits
-        logits = self._kernel(self.ids)
-        self.state.seen.add_(1)
+        logits = self._kernel(self.ids[:b])
+        self.state.seen[:b].add_(1)
         return logits
 
 
@@ -134,16 +144,13 @@ class _Recorded(_Batch):
         stream = torch.cuda.Stream(model.device)
         stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(stream):  # kernels compile and libraries allocate before anything is recorded
-            super().advance()
+            super().advance(self.rows)
         torch.cuda.current_stream(model.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(model.device), torch.cuda.graph(self.graph):
-            self.logits = super().advance()
+            self.logits = super().advance(self.rows)
 
-    def fits(self, rows: int) -> bool:
-        return self.rows // 4 < rows <= self.rows
-
-    def advance(self) -> Tensor:
+    def advance(self, b: int) -> Tensor:
         self.graph.replay()
         return self.logits
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numba
 import torch
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 F32, F64, I64 = types.float32, types.float64, types.int64
@@ -49,6 +49,42 @@ def next_item(typingctx, params):
     return types.int64(params), codegen
 
 
+def _second(builder, counters):
+    return builder.gep(counters, [ir.Constant(ir.IntType(64), 1)], source_etype=ir.IntType(64))
+
+
+@intrinsic
+def _add_done(typingctx, counters, count):
+    """Add to counters[1]. What this thread wrote before is seen by whoever sees the new value."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _second(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(counters, types.int64), codegen
+
+
+@intrinsic
+def _done(typingctx, counters):
+    """counters[1], which other threads add to."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(_second(builder, args[0]), "seq_cst", 8, typ=ir.IntType(64))
+
+    return types.int64(counters), codegen
+
+
+@intrinsic
+def _call(typingctx, address):
+    """Call the C function at an address, which takes nothing; its answer, if any, is ignored."""
+
+    def codegen(context, builder, sig, args):
+        function = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
 @intrinsic
 def pointer(typingctx, address, dtype):
     """The address as a typed pointer."""
@@ -58,6 +94,27 @@ def pointer(typingctx, address, dtype):
         return builder.inttoptr(args[0], context.get_value_type(ty))
 
     return ty(address, dtype), codegen
+
+
+PHASE = 8  # int64 of a phase's counters: a cache line of its own, so that threads that wait disturb no others
+_PATIENCE = 2000  # looks, some microseconds: longer than a phase's last items take when no thread was put aside
+
+
+@njit
+def finish_phase(counters, done, items, give_way):
+    """Wait until all of a phase's items are done, of which this thread did `done`.
+
+    counters: [next item, items done]. No thread waits for another to arrive, only for items that one has begun, so any
+    number of threads, even one, gets through. A thread that the system put aside holds an item: then the others give
+    way (`give_way_address()`) instead of spinning in its place.
+    """
+    if done > 0:
+        _add_done(counters, done)
+    looks = 0
+    while _done(counters) < items:
+        looks += 1
+        if looks > _PATIENCE:
+            _call(give_way)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------
@@ -177,6 +234,13 @@ def launch(kernel, dtype, items, params, work=SMALL):
         function(ctypes.addressof(buffer))
         for task in tasks:
             task.result()
+
+
+@functools.cache
+def give_way_address():
+    """The address of the system's function by which a thread lets another run."""
+    function = ctypes.windll.kernel32.SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def address(tensor):

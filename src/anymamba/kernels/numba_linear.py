@@ -1,7 +1,4 @@
-"""A few rows times a matrix on the CPU, which is decoding: each weight comes from memory once, in one stream.
-
-Every row is summed in the same order, alone or beside others: even vectors, odd vectors, the two together.
-"""
+"""A few rows times a matrix on the CPU, which is decoding: each weight comes from memory once, in one stream."""
 
 import numpy as np
 import torch
@@ -18,7 +15,8 @@ AHEAD = 2048  # bytes: four rows' arithmetic takes longer than their weights, an
 
 
 @njit
-def _dot(x, weight, x_at, at, k):
+def _dot(x, x_at, weight, at, k, y, y_at):
+    """One row. Two sums side by side, which do not wait for each other, along one stream of memory."""
     keep_apart()
     a, b = splat(ZERO), splat(ZERO)
     whole = k // (2 * LANES) * (2 * LANES)
@@ -27,29 +25,45 @@ def _dot(x, weight, x_at, at, k):
         b = fma(load(x, x_at + i + LANES, LANES), load(weight, at + i + LANES, LANES), b)
     for i in range(whole, k, LANES):
         a = fma(load(x, x_at + i, k - i), load(weight, at + i, k - i), a)
-    return hsum(a + b)
+    y[y_at] = hsum(a + b)
 
 
 @njit
-def _dot4(x, weight, x0, at, k):
-    """`_dot` of four rows: each weight is loaded and widened once."""
+def _dot4(x, x_at, x_row, weight, at, k, y, y_at, y_row):
+    """Four rows, each summed in the order of `_dot`: what a row gives does not depend on the others."""
     keep_apart()
-    x1, x2, x3 = x0 + k, x0 + 2 * k, x0 + 3 * k
+    x1, x2, x3 = x_at + x_row, x_at + 2 * x_row, x_at + 3 * x_row
     a0, a1, a2, a3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
     b0, b1, b2, b3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
     whole = k // (2 * LANES) * (2 * LANES)
     for i in range(0, whole, 2 * LANES):
         prefetch(weight, at + i, AHEAD)
-        u, v, j = load(weight, at + i, LANES), load(weight, at + i + LANES, LANES), i + LANES
-        a0, b0 = fma(load(x, x0 + i, LANES), u, a0), fma(load(x, x0 + j, LANES), v, b0)
-        a1, b1 = fma(load(x, x1 + i, LANES), u, a1), fma(load(x, x1 + j, LANES), v, b1)
-        a2, b2 = fma(load(x, x2 + i, LANES), u, a2), fma(load(x, x2 + j, LANES), v, b2)
-        a3, b3 = fma(load(x, x3 + i, LANES), u, a3), fma(load(x, x3 + j, LANES), v, b3)
+        w, v = load(weight, at + i, LANES), load(weight, at + i + LANES, LANES)
+        a0, b0 = fma(load(x, x_at + i, LANES), w, a0), fma(load(x, x_at + i + LANES, LANES), v, b0)
+        a1, b1 = fma(load(x, x1 + i, LANES), w, a1), fma(load(x, x1 + i + LANES, LANES), v, b1)
+        a2, b2 = fma(load(x, x2 + i, LANES), w, a2), fma(load(x, x2 + i + LANES, LANES), v, b2)
+        a3, b3 = fma(load(x, x3 + i, LANES), w, a3), fma(load(x, x3 + i + LANES, LANES), v, b3)
     for i in range(whole, k, LANES):
-        u = load(weight, at + i, k - i)
-        a0, a1 = fma(load(x, x0 + i, k - i), u, a0), fma(load(x, x1 + i, k - i), u, a1)
-        a2, a3 = fma(load(x, x2 + i, k - i), u, a2), fma(load(x, x3 + i, k - i), u, a3)
-    return hsum(a0 + b0), hsum(a1 + b1), hsum(a2 + b2), hsum(a3 + b3)
+        w = load(weight, at + i, k - i)
+        a0, a1 = fma(load(x, x_at + i, k - i), w, a0), fma(load(x, x1 + i, k - i), w, a1)
+        a2, a3 = fma(load(x, x2 + i, k - i), w, a2), fma(load(x, x3 + i, k - i), w, a3)
+    y[y_at], y[y_at + y_row] = hsum(a0 + b0), hsum(a1 + b1)
+    y[y_at + 2 * y_row], y[y_at + 3 * y_row] = hsum(a2 + b2), hsum(a3 + b3)
+
+
+@njit
+def products(x, x_at, x_row, weight, k, first, last, rows, y, y_row):
+    """y[r, o] = Σ x[r] · weight[o] for outputs first … last. Rows of x begin at x_at and lie x_row apart.
+
+    Each weight comes from memory once: four rows of x, which stay in the L1 cache, go over all outputs before the next
+    four, for which the weights are in the L2 cache.
+    """
+    for r in range(0, rows - 3, 4):
+        for o in range(first, last):
+            _dot4(x, x_at + r * x_row, x_row, weight, o * k, k, y, r * y_row + o, y_row)
+    for r in range(rows // 4 * 4, rows):
+        for o in range(first, last):
+            _dot(x, x_at + r * x_row, weight, o * k, k, y, r * y_row + o)
 
 
 @launch.Kernel
@@ -57,18 +71,9 @@ def linear_rows(dtype):
     def kernel(p):
         x, weight, y = pointer(p[2], F32), pointer(p[3], dtype), pointer(p[4], F32)
         rows, k, outputs = p[5], p[6], p[7]
-        fours = rows // 4 * 4
         item = next_item(p)
         while item < p[1]:
-            first, end = item * BLOCK, min((item + 1) * BLOCK, outputs)
-            for r in range(0, fours, 4):  # rows outside: four of x stay in the first cache, the weights in the second
-                for o in range(first, end):
-                    y0, y1, y2, y3 = _dot4(x, weight, r * k, o * k, k)
-                    at = r * outputs + o
-                    y[at], y[at + outputs], y[at + 2 * outputs], y[at + 3 * outputs] = y0, y1, y2, y3
-            for o in range(first, end):
-                for r in range(fours, rows):
-                    y[r * outputs + o] = _dot(x, weight, r * k, o * k, k)
+            products(x, 0, k, weight, k, item * BLOCK, min((item + 1) * BLOCK, outputs), rows, y, outputs)
             item = next_item(p)
 
     return kernel

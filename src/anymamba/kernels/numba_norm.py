@@ -14,7 +14,7 @@ ZERO = np.float32(0)
 
 
 @njit
-def _add_and_square(x, residual, total, i, m, has_residual):
+def add_and_square(x, residual, total, i, m, has_residual):
     """total = x + residual; returns Σ total²."""
     keep_apart()
     squares = splat(ZERO)
@@ -28,7 +28,7 @@ def _add_and_square(x, residual, total, i, m, has_residual):
 
 
 @njit
-def _scale(total, weight, out, i, m, r):
+def scale(total, weight, out, i, m, r):
     keep_apart()
     for k in range(0, m, LANES):
         store(out, i + k, load(total, i + k, m - k) * r * load(weight, k, m - k), m - k)
@@ -69,10 +69,10 @@ def norm_forward(dtype):
         item = next_item(p)
         while item < items:
             for t in range(item * count // items, (item + 1) * count // items):
-                squares = _add_and_square(x, residual, total, t * m, m, p[3] != 0)
+                squares = add_and_square(x, residual, total, t * m, m, p[3] != 0)
                 r = np.float32(1 / np.sqrt(squares / m + eps))
                 inverse[t] = r
-                _scale(total, weight, out, t * m, m, r)
+                scale(total, weight, out, t * m, m, r)
             item = next_item(p)
 
     return kernel

@@ -17,7 +17,7 @@ from anymamba.kernels.numba_simd import fma, hsum, keep_apart, load, splat, stor
 
 
 @njit
-def _inputs(x, dt, x_start, dt_start, bias, has_bias, c, m, use_softplus, s, u):
+def step_inputs(x, dt, x_start, dt_start, bias, has_bias, c, m, use_softplus, s, u):
     """u = Δ·x of 16 channels, and s = Δ in the unit of exp2."""
     keep_apart()
     v = load(dt, dt_start + c, m)
@@ -30,7 +30,7 @@ def _inputs(x, dt, x_start, dt_start, bias, has_bias, c, m, use_softplus, s, u):
 
 
 @njit
-def _advance(s, u, A, B, C, h, h_new, has_h, c, m, n, q, acc):
+def advance(s, u, A, B, C, h, h_new, has_h, c, m, n, q, acc):
     """The states of m channels, from h to h_new at offset q, and acc = C·h_new."""
     keep_apart()
     for i in range(m):
@@ -46,7 +46,7 @@ def _advance(s, u, A, B, C, h, h_new, has_h, c, m, n, q, acc):
 
 
 @njit
-def _outputs(acc, x, x_start, z, z_start, D, has_z, has_D, c, m, y, y_start):
+def outputs(acc, x, x_start, z, z_start, D, has_z, has_D, c, m, y, y_start):
     """y = (acc + D x) · silu(z)."""
     keep_apart()
     v = load(acc, 0, LANES)
@@ -77,9 +77,9 @@ def scan_step(dtype):
                 b_group[j], c_group[j] = B[item * n + j], C[item * n + j]
             for c in range(group * width, (group + 1) * width, LANES):
                 m = min(LANES, (group + 1) * width - c)
-                _inputs(x, dt, row * x_row, row * dt_row, bias, p[13] != 0, c, m, use_softplus, s, u)
-                _advance(s, u, A, b_group, c_group, h, h_new, p[14] != 0, c, m, n, row * d * n, acc)
-                _outputs(acc, x, row * x_row, z, row * z_row, D, p[4] != 0, p[12] != 0, c, m, y, row * d)
+                step_inputs(x, dt, row * x_row, row * dt_row, bias, p[13] != 0, c, m, use_softplus, s, u)
+                advance(s, u, A, b_group, c_group, h, h_new, p[14] != 0, c, m, n, row * d * n, acc)
+                outputs(acc, x, row * x_row, z, row * z_row, D, p[4] != 0, p[12] != 0, c, m, y, row * d)
             item = next_item(p)
 
     return kernel

@@ -30,7 +30,7 @@ class BlockWeights(NamedTuple):
 
 def block_weights(block: nn.Module) -> BlockWeights | None:
     """The parameters of a block; None if they are not all that it does: something replaces a part of it or listens."""
-    if not _is_plain(block):
+    if not is_plain(block):
         return None
     mixer = block.mixer
     return BlockWeights(
@@ -40,14 +40,15 @@ def block_weights(block: nn.Module) -> BlockWeights | None:
     )  # fmt: skip
 
 
-_TYPES = {Block, RMSNorm, MambaMixer, Linear, StepProjection, nn.Conv1d}
+_TYPES = {Block, RMSNorm, MambaMixer, Linear, StepProjection, nn.Conv1d, nn.Embedding}
 
 
-def _is_plain(block):
-    for module in block.modules():
+def is_plain(part: nn.Module) -> bool:
+    """Whether the parameters of a part of the model are all that it does."""
+    for module in part.modules():
         if type(module) not in _TYPES or "forward" in module.__dict__ or is_watched(module):
             return False
-    return all(type(p) in (nn.Parameter, Tensor) and p.is_contiguous() for p in block.parameters())
+    return all(type(p) in (nn.Parameter, Tensor) and p.is_contiguous() for p in part.parameters())
 
 
 def is_watched(module: nn.Module) -> bool:
