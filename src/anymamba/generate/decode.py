@@ -97,7 +97,7 @@ class _Called:
 
     def step(self, ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         logits, state = read(self.model, ids[:, None], state)
-        return logits, state if self.state_dtype is None else state.to(ssm_dtype=self.state_dtype)
+        return logits, state if self.state_dtype in (None, torch.float32) else state.to(ssm_dtype=self.state_dtype)
 
 
 class _Batch:
@@ -106,7 +106,8 @@ class _Batch:
     def __init__(self, model: MambaLM, kernels: ModuleType | None, rows: int, state_dtype: torch.dtype):
         self.model, self.rows = model, rows
         dtype, device = model.backbone.norm_f.weight.dtype, model.device
-        self.state = MambaState.zeros(model.config, rows, device=device, dtype=dtype).to(ssm_dtype=state_dtype)
+        kept = torch.float64 if dtype == torch.float64 else state_dtype
+        self.state = MambaState.zeros(model.config, rows, device=device, dtype=dtype).to(ssm_dtype=kept)
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.out: MambaState | None = None  # what the last step returned
         self._kernel = None if kernels is None else kernels.Step(*_weights(model), model.config, self.state.layers)
