@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from anymamba import MambaConfig, MambaLM, quantize
+from anymamba.generate.decode import Decoder
 from common import Report, arguments, measure, median, quiet, ratio, spread, versions
 from cpu_limits import read_bandwidth
 
@@ -42,10 +43,16 @@ def start(model, b):
     return model(torch.randint(0, 50277, (b, PROMPT))).state
 
 
-@torch.inference_mode()
-def step(model, state, ids):
-    """Logits (b,v) after one token (b,) for every row: how we decode."""
-    return model(ids[:, None], state).logits[:, -1]
+class Decoding:
+    """Decodes the same token again and again for b rows."""
+
+    def __init__(self, model, b):
+        self.decoder, self.state, self.ids = Decoder(model), start(model, b), torch.full((b,), 17)
+
+    def step(self):
+        """Logits (b,v)."""
+        logits, self.state = self.decoder.step(self.ids, self.state)
+        return logits
 
 
 @torch.inference_mode()
@@ -178,8 +185,8 @@ def decode(report, bandwidth, folder):
     rows, functions, sizes, tokens = {name: (name, 1) for name in OURS}, {}, {}, {}
     rows |= {f"{name} batch 8": (name, 8) for name in ("bf16", "int8")}
     for key, (name, b) in rows.items():
-        model, ids = models[name], torch.full((b,), 17)
-        functions[key] = functools.partial(step, model, start(model, b), ids)
+        model = models[name]
+        functions[key] = Decoding(model, b).step
         sizes[key], tokens[key] = model.bytes_per_step(b), b
     for name, peer in peers(report, OURS, folder).items():
         key = f"llama.cpp {PEERS[name]}"
