@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import anymamba
 from conftest import REPO
 
 PAGE = REPO / "docs" / "inference.md"
@@ -40,8 +39,6 @@ def test_commands_run(command, tmp_path, monkeypatch):
 def test_every_file_linked_exists():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()) if not link.startswith("http")]
     missing = [link for link in links if not (PAGE.parent / link).exists()]
-    if not hasattr(anymamba.generate, "decode"):  # loaded by the examples where it is there
-        missing = [link for link in missing if not link.endswith("decode.py")]
     assert links
     assert missing == []
 
