@@ -17,7 +17,6 @@ from anymamba.kernels.cuda_launch import load
 
 FEW = 16
 THREADS = 256
-SIZED = 128, 16  # channels and rows of a block that makes step sizes for many rows
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
@@ -27,7 +26,7 @@ def supports(config, dtype: torch.dtype, device: torch.device) -> bool:
     sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 8 == 0
     if dtype != torch.bfloat16 or not sizes or config.d_state not in (8, 16, 32, 64, 128) or config.rank > 512:
         return False
-    return max(_scan_bytes(config, True, 8, 4), _sizes_bytes(config, False, 8)) <= _shared_limit(device)
+    return max(_scan_bytes(config, True, 8, 4), _sizes_bytes(config, 8)) <= _shared_limit(device)
 
 
 @functools.cache
@@ -57,17 +56,16 @@ def _product_bytes(plan):
     return plan["WARPS"] * max(plan["DEPTH"] * (rows + columns) * 128, rows * (columns + 1) * 4)
 
 
-def _sizes_bytes(config, few, rows):
+def _sizes_bytes(config, rows):
     """Of `struct Sizes` of cuda_decode_step.cu."""
-    channels, rows = (_channels(config), rows) if few else SIZED
-    pitch = math.ceil(config.rank / 16) * 16 + 8
+    channels, pitch = _channels(config), math.ceil(config.rank / 16) * 16 + 8
     return 2 * (channels + rows) * pitch + 4 * rows * (2 * config.d_state + channels + 4) + 16
 
 
 def _scan_bytes(config, few, rows, element):
     """Of `struct Shared` there, for states of so many bytes."""
     n, channels = config.d_state, _channels(config)
-    sizes = _sizes_bytes(config, few, rows) if few else 4 * rows * (2 * n + channels + 4)
+    sizes = _sizes_bytes(config, rows) if few else 4 * rows * (2 * n + channels + 4)
     return rows * channels * (n * element + 4) + sizes + 32
 
 
@@ -131,10 +129,9 @@ class Step:
         weight, bias = self._at(block.dt_proj), self._at(block.dt_bias.float())
         grid = (c.d_inner // _channels(c), math.ceil(self.b / self.rows), 1)
         if not self.few:
-            kernel, bytes_ = self._step_kernel("step_sizes"), _sizes_bytes(c, False, self.rows)
+            kernel, bytes_ = self._step_kernel("step_sizes"), _sizes_bytes(c, self.rows)
             sizes = (self.parts.data_ptr(), self.b, c.d_inner, weight, bias, self.steps.data_ptr(), self.BC.data_ptr())
-            cut = (math.ceil(c.d_inner / SIZED[0]), math.ceil(self.b / SIZED[1]), 1)
-            self.calls.append(lambda: kernel.launch(cut, THREADS, bytes_, sizes, overlap=True))
+            self.calls.append(lambda: kernel.launch(grid, THREADS, bytes_, sizes, overlap=True))
         scan, A = self._step_kernel("scan_step"), -block.A_log.float().exp() * math.log2(math.e)
         args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(), weight, bias,
                 *map(self._at, (A, block.D.float(), state.ssm)), self.y.data_ptr(), self.steps.data_ptr(),
@@ -200,7 +197,7 @@ class Step:
             name,
             ROWS=self.rows,
             SLICES=self.slices,
-            SHARED=max(self._scan_bytes(), _sizes_bytes(c, self.few, self.rows)),
+            SHARED=max(self._scan_bytes(), _sizes_bytes(c, self.rows)),
             **sizes,
         )
 

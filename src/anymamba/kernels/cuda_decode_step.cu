@@ -87,14 +87,7 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 #define CHANNELS (LANES == 8 ? 32 : 64)       // of a block
 #define SLOTS (THREADS / (LANES * CHANNELS))  // rows that a block has at a time
 #define Q (N / PACK)                // pieces of 16 bytes of a channel
-#if FEW  // channels and rows of a block that makes step sizes
-#define SIZED CHANNELS
-#define SIZED_ROWS ROWS
-#else
-#define SIZED 128
-#define SIZED_ROWS 16
-#endif
-#define TILES ((SIZED + 15) / 16)
+#define TILES ((CHANNELS + 15) / 16)
 #define SHARES (8 / TILES)          // warps that share a tile
 #define DEEP ((RANK + 15) / 16)     // instructions along the rank
 #define WIDTH (RANK + 2 * N)        // of a row of [dt; B; C]
@@ -102,8 +95,8 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 
 // What step sizes are made from and become.
 struct Sizes {
-    b16 weight[SIZED][PITCH], raw[SIZED_ROWS][PITCH];
-    float BC[SIZED_ROWS][2 * N], steps[SIZED_ROWS][SIZED + 4];
+    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH];
+    float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 4];
     i64 ready;
 };
 
@@ -121,14 +114,14 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED && sizeof(Sizes) <= SHARED, "cuda_decode.py counts the bytes of these structs");
 
-#define ITEMS ((SIZED_ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
+#define ITEMS ((ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
 
 // [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH).
 __device__ __forceinline__ void gather(Sizes& s, const float* parts, int row, i64 b) {
     float4 v[ITEMS][SLICES];  // four neighbours a thread; all loads first
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-        const int i = min((int)threadIdx.x + item * THREADS, SIZED_ROWS * (WIDTH / 4) - 1);
+        const int i = min((int)threadIdx.x + item * THREADS, ROWS * (WIDTH / 4) - 1);
         const float* from = parts + min((i64)(row + i / (WIDTH / 4)), b - 1) * WIDTH + i % (WIDTH / 4) * 4;
 #pragma unroll
         for (int k = 0; k < SLICES; k++) { v[item][k] = *(const float4*)from; from += b * WIDTH; }
@@ -136,7 +129,7 @@ __device__ __forceinline__ void gather(Sizes& s, const float* parts, int row, i6
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
         const int i = threadIdx.x + item * THREADS, r = i / (WIDTH / 4), e = i % (WIDTH / 4) * 4;
-        if (i >= SIZED_ROWS * (WIDTH / 4)) break;
+        if (i >= ROWS * (WIDTH / 4)) break;
         float4 sum = v[item][0];
 #pragma unroll
         for (int k = 1; k < SLICES; k++) { sum.x += v[item][k].x; sum.y += v[item][k].y; sum.z += v[item][k].z; sum.w += v[item][k].w; }
@@ -169,42 +162,41 @@ __device__ __forceinline__ void prepare(i64* barriers, int count) {
 }
 
 // The projection's weights of the block's channels; 0 beyond the rank.
-__device__ __forceinline__ void bring_weight(Sizes& s, const b16* weight, int channels, i64* barrier) {
-    bring(s.weight, PITCH * 2, weight, RANK * 2, channels, RANK * 2, barrier);
-    for (int i = threadIdx.x; i < (SIZED + SIZED_ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
+__device__ __forceinline__ void bring_weight(Sizes& s, const b16* weight, i64* barrier) {
+    bring(s.weight, PITCH * 2, weight, RANK * 2, CHANNELS, RANK * 2, barrier);
+    for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
         const int r = i / (DEEP * 16 - RANK);
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
     }
 }
 
 // BC and steps of the block's rows from parts (SLICES,b,WIDTH), once the weights are there
-__device__ __forceinline__ void make_sizes(Sizes& s, const float* parts, const float* dt_bias, int channels, int row, int rows, i64 b, i64* barrier) {
+__device__ __forceinline__ void make_sizes(Sizes& s, const float* parts, const float* dt_bias, int row, int rows, i64 b, i64* barrier) {
     const int warp = threadIdx.x / 32, tile = 16 * (warp % TILES);
     float bias[2];
 #pragma unroll
-    for (int e = 0; e < 2; e++) bias[e] = dt_bias[(tile + threadIdx.x % 32 / 4 + 8 * e) % channels];
+    for (int e = 0; e < 2; e++) bias[e] = dt_bias[(tile + threadIdx.x % 32 / 4 + 8 * e) % CHANNELS];
     gather(s, parts, row, b);
     await(barrier);
     __syncthreads();
     for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
 }
 
-// steps (b,d) and BC (b,2n), float32, of SIZED channels and SIZED_ROWS rows a block
+// steps (b,d) and BC (b,2n), float32, of CHANNELS channels and ROWS rows a block
 extern "C" __global__ void __launch_bounds__(THREADS)
 step_sizes(const float* parts, i64 b, i64 d, const b16* dt_weight, const float* dt_bias, float* steps, float* BC) {
     extern __shared__ __align__(128) char memory[];
     Sizes& s = *(Sizes*)memory;
     let_next_start();
-    const int first = blockIdx.x * SIZED, channels = min(SIZED, (int)d - first);
-    const int row = blockIdx.y * SIZED_ROWS, rows = min(SIZED_ROWS, (int)b - row);
+    const int first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
     prepare(&s.ready, 1);
-    bring_weight(s, dt_weight + first * (i64)RANK, channels, &s.ready);
+    bring_weight(s, dt_weight + first * (i64)RANK, &s.ready);
     arrive(&s.ready);
     wait_for_last();
-    make_sizes(s, parts, dt_bias + first, channels, row, rows, b, &s.ready);
+    make_sizes(s, parts, dt_bias + first, row, rows, b, &s.ready);
     written();
     __syncthreads();
-    send(steps + row * d + first, d * 4, s.steps, sizeof(s.steps[0]), rows, channels * 4);
+    send(steps + row * d + first, d * 4, s.steps, sizeof(s.steps[0]), rows, CHANNELS * 4);
     if (blockIdx.x == 0) send(BC + row * 2 * N, 8 * N, s.BC, 8 * N, rows, 8 * N);
 }
 
@@ -222,7 +214,7 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
     prepare(&s.early, 2);
     bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
 #if FEW
-    bring_weight(s.sizes, dt_weight + first * (i64)RANK, CHANNELS, &s.early);
+    bring_weight(s.sizes, dt_weight + first * (i64)RANK, &s.early);
 #endif
     arrive(&s.early);
     const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS;
@@ -243,7 +235,7 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
     bring(s.zs, narrow_row, xz, d * 4, rows, narrow_row, &s.late);
 #if FEW
     arrive(&s.late);
-    make_sizes(s.sizes, parts, dt_bias + first, CHANNELS, row, rows, b, &s.early);
+    make_sizes(s.sizes, parts, dt_bias + first, row, rows, b, &s.early);
 #else
     bring(s.sizes.steps, sizeof(s.sizes.steps[0]), steps + row * d + first, d * 4, rows, CHANNELS * 4, &s.late);
     bring(s.sizes.BC, 8 * N, BC + row * 2 * N, 8 * N, rows, 8 * N, &s.late);
