@@ -26,7 +26,7 @@ def supports(config, dtype: torch.dtype, device: torch.device) -> bool:
     sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 8 == 0
     if dtype != torch.bfloat16 or not sizes or config.d_state not in (8, 16, 32, 64, 128) or config.rank > 512:
         return False
-    return max(_scan_bytes(config, True, 8, 4), _sizes_bytes(config, 8)) <= _shared_limit(device)
+    return _scan_bytes(config, 8, 4) <= _shared_limit(device)
 
 
 @functools.cache
@@ -56,17 +56,11 @@ def _product_bytes(plan):
     return plan["WARPS"] * max(plan["DEPTH"] * (rows + columns) * 128, rows * (columns + 1) * 4)
 
 
-def _sizes_bytes(config, rows):
-    """Of `struct Sizes` of cuda_decode_step.cu."""
-    channels, pitch = _channels(config), math.ceil(config.rank / 16) * 16 + 8
-    return 2 * (channels + rows) * pitch + 4 * rows * (2 * config.d_state + channels + 4) + 16
-
-
-def _scan_bytes(config, few, rows, element):
-    """Of `struct Shared` there, for states of so many bytes."""
-    n, channels = config.d_state, _channels(config)
-    sizes = _sizes_bytes(config, rows) if few else 4 * rows * (2 * n + channels + 4)
-    return rows * channels * (n * element + 4) + sizes + 32
+def _scan_bytes(config, rows, element):
+    """Of `struct Shared` of cuda_decode_step.cu, for states of so many bytes."""
+    n, channels, pitch = config.d_state, _channels(config), math.ceil(config.rank / 16) * 16 + 8
+    shared = rows * channels * (n * element + 4) + 2 * (channels + rows) * pitch
+    return shared + 4 * rows * (2 * n + channels + 1) + 64
 
 
 def _channels(config):
@@ -81,7 +75,7 @@ class Step:
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         self.config, self.layers, self.device = config, layers, embedding.device
         self.b = len(layers[0].ssm)
-        self.few = few = self.b <= FEW
+        few = self.b <= FEW
         small = layers[0].ssm.element_size() * config.d_state <= 32
         self.rows = 16 if small and not few else 8  # of a block of the scan
         self.eps = struct.unpack("<i", struct.pack("<f", config.norm_eps))[0]
@@ -92,7 +86,6 @@ class Step:
         self.squares = self._empty(m // 16, torch.float32)
         self.logits = self._empty(len(head), torch.float32)
         self.slices = math.ceil(d // 64 / self._plan(PARTS, r + 2 * n, d)["units"])
-        self.steps, self.BC = self._empty(d, torch.float32), self._empty(2 * n, torch.float32)
         self.parts = torch.empty(self.slices, self.b, r + 2 * n, device=self.device)
         norms = [block.norm for block in blocks] + [norm_f]
         self.embedding, self.first = self._at(embedding), self._at(norms[0])
@@ -126,18 +119,13 @@ class Step:
     def _scan(self, block, state):
         c = self.config
         self._product(PARTS, block.x_proj, self.xc, None, self.parts)
-        weight, bias = self._at(block.dt_proj), self._at(block.dt_bias.float())
+        kernel, A = self._step_kernel("scan_step"), -block.A_log.float().exp() * math.log2(math.e)
+        args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(),
+                *map(self._at, (block.dt_proj, block.dt_bias.float(), A, block.D.float(), state.ssm)),
+                self.y.data_ptr())  # fmt: skip
         grid = (c.d_inner // _channels(c), math.ceil(self.b / self.rows), 1)
-        if not self.few:
-            kernel, bytes_ = self._step_kernel("step_sizes"), _sizes_bytes(c, self.rows)
-            sizes = (self.parts.data_ptr(), self.b, c.d_inner, weight, bias, self.steps.data_ptr(), self.BC.data_ptr())
-            self.calls.append(lambda: kernel.launch(grid, THREADS, bytes_, sizes, overlap=True))
-        scan, A = self._step_kernel("scan_step"), -block.A_log.float().exp() * math.log2(math.e)
-        args = (self.parts.data_ptr(), self.b, c.d_inner, self.xc.data_ptr(), self.xz.data_ptr(), weight, bias,
-                *map(self._at, (A, block.D.float(), state.ssm)), self.y.data_ptr(), self.steps.data_ptr(),
-                self.BC.data_ptr())  # fmt: skip
         shared = self._scan_bytes()
-        self.calls.append(lambda: scan.launch(grid, THREADS, shared, args, overlap=True))
+        self.calls.append(lambda: kernel.launch(grid, THREADS, shared, args, overlap=True))
 
     def _out(self, block, next_norm):
         rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
@@ -187,19 +175,12 @@ class Step:
         return self._at(state.conv), self._at(block.conv), self._at(block.conv_bias)
 
     def _scan_bytes(self):
-        return _scan_bytes(self.config, self.few, self.rows, self.layers[0].ssm.element_size())
+        return _scan_bytes(self.config, self.rows, self.layers[0].ssm.element_size())
 
     def _step_kernel(self, name):
         c, state = self.config, STATES[self.layers[0].ssm.dtype]
-        sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv, "FEW": int(self.few)}
-        return self._kernel(
-            "step",
-            name,
-            ROWS=self.rows,
-            SLICES=self.slices,
-            SHARED=max(self._scan_bytes(), _sizes_bytes(c, self.rows)),
-            **sizes,
-        )
+        sizes = {"STATE": state, "N": c.d_state, "RANK": c.rank, "TAPS": c.d_conv}
+        return self._kernel("step", name, ROWS=self.rows, SLICES=self.slices, SHARED=self._scan_bytes(), **sizes)
 
     # ---- memory and kernels ----
 

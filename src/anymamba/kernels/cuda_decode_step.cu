@@ -93,31 +93,18 @@ __device__ __forceinline__ void send(void* to, i64 stride, const void* from, int
 #define WIDTH (RANK + 2 * N)        // of a row of [dt; B; C]
 #define PITCH (DEEP * 16 + 8)       // of a row of dt before its projection: reads hit all banks
 
-// What step sizes are made from and become.
-struct Sizes {
-    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH];
-    float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 4];
-    i64 ready;
-};
-
-// FEW: a block makes its own step sizes. They are the same for all rows that a block could have, so with many rows a
-// kernel of its own makes them, and blocks of the scan, which are smaller then, bring them.
 struct Shared {
     uint4 states[ROWS][CHANNELS * Q];
-    b16 xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
-#if FEW
-    Sizes sizes;
-#else
-    struct { float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 4]; } sizes;
-#endif
+    b16 weight[CHANNELS][PITCH], raw[ROWS][PITCH], xs[ROWS][CHANNELS], zs[ROWS][CHANNELS];
+    float BC[ROWS][2 * N], steps[ROWS][CHANNELS + 1];
     i64 early, late;  // barriers: of what is known before the last kernel ends, and of the rest
 };
-static_assert(sizeof(Shared) <= SHARED && sizeof(Sizes) <= SHARED, "cuda_decode.py counts the bytes of these structs");
+static_assert(sizeof(Shared) <= SHARED, "cuda_decode.py counts the bytes of this struct");
 
 #define ITEMS ((ROWS * (WIDTH / 4) + THREADS - 1) / THREADS)
 
 // [dt; B; C] of the block's rows: the sums of parts (SLICES,b,WIDTH).
-__device__ __forceinline__ void gather(Sizes& s, const float* parts, int row, i64 b) {
+__device__ __forceinline__ void gather(Shared& s, const float* parts, int row, i64 b) {
     float4 v[ITEMS][SLICES];  // four neighbours a thread; all loads first
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
@@ -139,7 +126,7 @@ __device__ __forceinline__ void gather(Sizes& s, const float* parts, int row, i6
 }
 
 // The step sizes of 16 channels and 8 rows.
-__device__ __forceinline__ void project(Sizes& s, int tile, int rows, const float* bias) {
+__device__ __forceinline__ void project(Shared& s, int tile, int rows, const float* bias) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float sum[2][4] = {};  // two chains that do not wait for each other
 #pragma unroll
@@ -153,74 +140,36 @@ __device__ __forceinline__ void project(Sizes& s, int tile, int rows, const floa
         s.steps[rows + 2 * t + e % 2][tile + g + e / 2 * 8] = softplus(rounded(sum[0][e] + sum[1][e]) + bias[e / 2]);
 }
 
-__device__ __forceinline__ void prepare(i64* barriers, int count) {
+// y (b,d) of CHANNELS channels and ROWS rows a block. parts (SLICES,b,WIDTH): sums that make dt, B and C. xc (b,d),
+// xz (b,2d), A (d,n) in the unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
+extern "C" __global__ void __launch_bounds__(THREADS)
+scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
+          const float* A, const float* D, uint4* state, b16* y) {
+    extern __shared__ __align__(128) char memory[];
+    Shared& s = *(Shared*)memory;
+    let_next_start();
+    const int warp = threadIdx.x / 32, first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
+    const int wide_row = CHANNELS * Q * 16, narrow_row = CHANNELS * 2;  // bytes
+    xc += row * d + first; xz += 2 * row * d + d + first; y += row * d + first; state += (row * d + first) * Q;
 #if __CUDA_ARCH__ >= 900
-    if ((int)threadIdx.x < count)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" :: "r"(at(barriers + threadIdx.x)), "r"(THREADS) : "memory");
+    if (threadIdx.x < 2)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" :: "r"(at(&s.early + threadIdx.x)), "r"(THREADS) : "memory");
     __syncthreads();
 #endif
-}
-
-// The projection's weights of the block's channels; 0 beyond the rank.
-__device__ __forceinline__ void bring_weight(Sizes& s, const b16* weight, i64* barrier) {
-    bring(s.weight, PITCH * 2, weight, RANK * 2, CHANNELS, RANK * 2, barrier);
+    bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
+    bring(s.weight, PITCH * 2, dt_weight + first * (i64)RANK, RANK * 2, CHANNELS, RANK * 2, &s.early);
+    arrive(&s.early);
     for (int i = threadIdx.x; i < (CHANNELS + ROWS) * (DEEP * 16 - RANK); i += THREADS) {  // weight and raw lie end to end
         const int r = i / (DEEP * 16 - RANK);
         (&s.weight[0][0])[r * PITCH + RANK + i % (DEEP * 16 - RANK)] = 0;
     }
-}
-
-// BC and steps of the block's rows from parts (SLICES,b,WIDTH), once the weights are there
-__device__ __forceinline__ void make_sizes(Sizes& s, const float* parts, const float* dt_bias, int row, int rows, i64 b, i64* barrier) {
-    const int warp = threadIdx.x / 32, tile = 16 * (warp % TILES);
-    float bias[2];
-#pragma unroll
-    for (int e = 0; e < 2; e++) bias[e] = dt_bias[(tile + threadIdx.x % 32 / 4 + 8 * e) % CHANNELS];
-    gather(s, parts, row, b);
-    await(barrier);
-    __syncthreads();
-    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
-}
-
-// steps (b,d) and BC (b,2n), float32, of CHANNELS channels and ROWS rows a block
-extern "C" __global__ void __launch_bounds__(THREADS)
-step_sizes(const float* parts, i64 b, i64 d, const b16* dt_weight, const float* dt_bias, float* steps, float* BC) {
-    extern __shared__ __align__(128) char memory[];
-    Sizes& s = *(Sizes*)memory;
-    let_next_start();
-    const int first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
-    prepare(&s.ready, 1);
-    bring_weight(s, dt_weight + first * (i64)RANK, &s.ready);
-    arrive(&s.ready);
-    wait_for_last();
-    make_sizes(s, parts, dt_bias + first, row, rows, b, &s.ready);
-    written();
-    __syncthreads();
-    send(steps + row * d + first, d * 4, s.steps, sizeof(s.steps[0]), rows, CHANNELS * 4);
-    if (blockIdx.x == 0) send(BC + row * 2 * N, 8 * N, s.BC, 8 * N, rows, 8 * N);
-}
-
-// y (b,d) of CHANNELS channels and ROWS rows a block. FEW: from parts, (SLICES,b,WIDTH) sums that make dt, B and C; else
-// from steps and BC. xc (b,d), xz (b,2d), A (d,n) in the unit of ex2, state (b,d,n). d is a multiple of CHANNELS.
-extern "C" __global__ void __launch_bounds__(THREADS, FEW ? 1 : 4)
-scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const b16* dt_weight, const float* dt_bias,
-          const float* A, const float* D, uint4* state, b16* y, const float* steps, const float* BC) {
-    extern __shared__ __align__(128) char memory[];
-    Shared& s = *(Shared*)memory;
-    let_next_start();
-    const int first = blockIdx.x * CHANNELS, row = blockIdx.y * ROWS, rows = min(ROWS, (int)b - row);
-    const int wide_row = CHANNELS * Q * 16, narrow_row = CHANNELS * 2;  // bytes
-    xc += row * d + first; xz += 2 * row * d + d + first; y += row * d + first; state += (row * d + first) * Q;
-    prepare(&s.early, 2);
-    bring(s.states, wide_row, state, d * Q * 16, rows, wide_row, &s.early);  // nobody writes it before this kernel does
-#if FEW
-    bring_weight(s.sizes, dt_weight + first * (i64)RANK, &s.early);
-#endif
-    arrive(&s.early);
+    const int tile = 16 * (warp % TILES), g = threadIdx.x % 32 / 4;
     const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS;
     // Neighbouring channels begin with other pieces of their states, so that they read other banks.
     const int turn = Q < 8 ? own / (8 / Q) : own;
-    float a[PER];
+    float bias[2], a[PER];
+#pragma unroll
+    for (int e = 0; e < 2; e++) bias[e] = dt_bias[first + (tile + g + 8 * e) % CHANNELS];
 #pragma unroll
     for (int p = 0; p < PER / PACK; p++)
 #pragma unroll
@@ -233,20 +182,16 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
     wait_for_last();
     bring(s.xs, narrow_row, xc, d * 2, rows, narrow_row, &s.late);
     bring(s.zs, narrow_row, xz, d * 4, rows, narrow_row, &s.late);
-#if FEW
     arrive(&s.late);
-    make_sizes(s.sizes, parts, dt_bias + first, row, rows, b, &s.early);
-#else
-    bring(s.sizes.steps, sizeof(s.sizes.steps[0]), steps + row * d + first, d * 4, rows, CHANNELS * 4, &s.late);
-    bring(s.sizes.BC, 8 * N, BC + row * 2 * N, 8 * N, rows, 8 * N, &s.late);
-    arrive(&s.late);
+    gather(s, parts, row, b);
     await(&s.early);
-#endif
+    __syncthreads();
+    for (int i = warp / TILES * 8; i < rows && warp < SHARES * TILES; i += SHARES * 8) project(s, tile, i, bias);
     await(&s.late);
     __syncthreads();
 #pragma unroll 2
     for (int i = threadIdx.x / (LANES * CHANNELS); i < rows; i += SLOTS) {
-        const float dt = s.sizes.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
+        const float dt = s.steps[i][own], x = wide(s.xs[i][own]), u = dt * x;
         float sum = 0;
 #pragma unroll
         for (int p = 0; p < PER / PACK; p++) {
@@ -256,7 +201,7 @@ scan_step(const float* parts, i64 b, i64 d, const b16* xc, const b16* xz, const 
             widen(h, kept);
 #pragma unroll
             for (int k = 0; k < PACK; k += 4) {
-                const float4 B = *(const float4*)&s.sizes.BC[i][piece * PACK + k], C = *(const float4*)&s.sizes.BC[i][N + piece * PACK + k];
+                const float4 B = *(const float4*)&s.BC[i][piece * PACK + k], C = *(const float4*)&s.BC[i][N + piece * PACK + k];
                 const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {C.x, C.y, C.z, C.w};
 #pragma unroll
                 for (int e = 0; e < 4; e++) {  // 0.5 ex2(v + 1): see cuda_common.cuh
