@@ -28,11 +28,12 @@ def _dot(x, x_at, weight, scale, at, s, k, group):
             u, v = load_integers(weight, at + i)
             a = fma(load(x, x_at + i, LANES), u, a)
             b = fma(load(x, x_at + i + LANES, LANES), v, b)
-        total = fma(a + b, scale[s + g // group], total)
+        total = fma(a + b, scale[s], total)
+        s += 1
     if whole < k:  # the weights are padded, x is not
         u, v = load_integers(weight, at + whole)
         a, b = load(x, x_at + whole, k - whole) * u, load(x, x_at + whole + LANES, k - whole - LANES) * v
-        total = fma(a + b, scale[s + whole // group], total)
+        total = fma(a + b, scale[s if whole % group == 0 else s - 1], total)
     return hsum(total)
 
 
@@ -54,12 +55,12 @@ def _dot4(x, x0, x_row, weight, scale, at, s, k, group):
             a1, b1 = fma(load(x, x1 + i, LANES), u, a1), fma(load(x, x1 + j, LANES), v, b1)
             a2, b2 = fma(load(x, x2 + i, LANES), u, a2), fma(load(x, x2 + j, LANES), v, b2)
             a3, b3 = fma(load(x, x3 + i, LANES), u, a3), fma(load(x, x3 + j, LANES), v, b3)
-        of_group = scale[s + g // group]
-        t0, t1 = fma(a0 + b0, of_group, t0), fma(a1 + b1, of_group, t1)
-        t2, t3 = fma(a2 + b2, of_group, t2), fma(a3 + b3, of_group, t3)
+        t0, t1 = fma(a0 + b0, scale[s], t0), fma(a1 + b1, scale[s], t1)
+        t2, t3 = fma(a2 + b2, scale[s], t2), fma(a3 + b3, scale[s], t3)
+        s += 1
     if whole < k:
         u, v = load_integers(weight, at + whole)
-        j, m, n, of_group = whole + LANES, k - whole, k - whole - LANES, scale[s + whole // group]
+        j, m, n, of_group = whole + LANES, k - whole, k - whole - LANES, scale[s if whole % group == 0 else s - 1]
         t0 = fma(load(x, x0 + whole, m) * u + load(x, x0 + j, n) * v, of_group, t0)
         t1 = fma(load(x, x1 + whole, m) * u + load(x, x1 + j, n) * v, of_group, t1)
         t2 = fma(load(x, x2 + whole, m) * u + load(x, x2 + j, n) * v, of_group, t2)
