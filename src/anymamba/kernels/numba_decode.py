@@ -46,7 +46,7 @@ MOST = 128  # outputs of a work item; their weights stay in the L2 cache while r
 
 TYPES = STORAGE | quantized.STORAGE
 PHASES = 4  # of a block
-MATRIX = 3  # places of a matrix in a plan: the addresses of weights and scales, and the weights of a scale
+MATRIX = 2  # places of a matrix in a plan: the addresses of its weights and their scales
 # the places of a block's addresses in its row of the plan
 (NORM, IN_BIAS, CONV, CONV_BIAS, DT_BIAS, A_MATRIX, D_SKIP, OUT_BIAS, CONV_STATE, SSM_STATE) = range(10)
 (IN_PROJ, X_PROJ, DT_PROJ, OUT_PROJ, FIELDS) = range(10, 10 + 5 * MATRIX, MATRIX)
@@ -60,7 +60,7 @@ MATRIX = 3  # places of a matrix in a plan: the addresses of weights and scales,
 
 @njit
 def _matrix(plan, at, dtype):
-    return pointer(plan[at], dtype), pointer(plan[at + 1], F32), plan[at + 2]
+    return pointer(plan[at], dtype), pointer(plan[at + 1], F32)
 
 
 def _products(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
@@ -72,8 +72,7 @@ def _products_of_kind(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
     if matrix[0].dtype in quantized.STORAGE.values():
 
         def multiply(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
-            weight, scale, group = matrix
-            quantized.quantized_products(x, x_at, x_row, weight, scale, group, k, first, last, rows, y, y_row)
+            quantized.quantized_products(x, x_at, x_row, matrix[0], matrix[1], k, first, last, rows, y, y_row)
     else:
 
         def multiply(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
@@ -271,7 +270,7 @@ class Step:
         self.residual, self.logits = torch.empty(rows, m), torch.full((rows, v_row), -torch.inf)
         self.counters = torch.empty(len(blocks) * PHASES + 1, PHASE, dtype=torch.int64)
         vectors = [[*_vectors(block), *layer] for block, layer in zip(blocks, layers, strict=True)]
-        plan = torch.tensor([[*map(address, own), *(v for matrix in four for v in _places(*matrix))]
+        plan = torch.tensor([[*map(address, own), *(address(v) for matrix in four for v in matrix)]
                              for own, four in zip(vectors, matrices, strict=True)])  # fmt: skip
         between = [torch.empty(rows, k) for k in (2 * d, r + 2 * n, d, d, m)]  # xz, projected, dt, y, mixed
         norm_f, eps = norm_f.float(), torch.tensor(config.norm_eps, dtype=torch.float64)
@@ -279,7 +278,7 @@ class Step:
         self.params = [
             address(plan), len(blocks), rows, m, d, n, r, config.d_conv, *map(address, (self.residual, *between)),
             address(norm_f), address(self.logits), config.vocab_size, v_row, address(eps), address(self.counters),
-            give_way_address(), 1, *_places(*head),
+            give_way_address(), 1, *map(address, head),
         ]  # fmt: skip
         weights = head[0].numel() + sum(weight.numel() for four in matrices for weight, _ in four)
         self.work = weights // LANES  # of a row
@@ -300,11 +299,6 @@ class Step:
 def _whole(matrix):
     """(weights, scales or None) of a matrix."""
     return matrix if isinstance(matrix, tuple) else (matrix, None)
-
-
-def _places(weight, scale):
-    """What `_matrix` reads."""
-    return address(weight), address(scale), 0 if scale is None else quantized.group_of(weight, scale)
 
 
 def _vectors(block):
