@@ -8,8 +8,7 @@ import torch
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.generate import Engine, Request, SamplingConfig, generate
-from anymamba.generate import decode
+from anymamba.generate import Engine, Request, SamplingConfig, decode, generate
 from anymamba.generate.decode import Decoder
 from anymamba.kernels import numba_decode, numba_launch
 from anymamba.layers import quantize
