@@ -227,8 +227,8 @@ def load(typingctx, arr, index, count):
 
 
 def _four_bits(builder, wide, mask, power):
-    """The masked bits of each lane, a number from -8 to 7, by two instructions: as bits of the mantissa of
-    2^power + number + 8, where they have the unit 1, and then a subtraction. Shifts and a conversion take a third more.
+    """The masked bits of each lane, a number from -8 to 7, as bits of the mantissa of 2^power + number + 8, where their
+    unit is 1, less that constant: with AVX-512 two instructions, where shifts and a conversion are two or three.
     """
     bits = (power + 127 << 23) + (mask & 136)  # 136: the two signs, which xor turns into + 8
     mantissa = builder.xor(builder.and_(wide, constant(I32, mask)), constant(I32, bits))
