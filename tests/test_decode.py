@@ -8,9 +8,10 @@ import torch
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.generate import Engine, Request, SamplingConfig, generate
+from anymamba.generate import Engine, Request, SamplingConfig, decode, generate
 from anymamba.generate.decode import Decoder
 from anymamba.kernels import numba_decode, numba_launch
+from anymamba.layers import quantize
 from anymamba.model import MambaLM
 from conftest import assert_law
 from test_generate import recomputed, tiny
@@ -25,6 +26,7 @@ CONFIGS = {
     "wide": MambaConfig(vocab_size=130, d_model=50, n_layer=1, d_state=33, d_conv=20),
 }  # fmt: skip
 GREEDY = SamplingConfig(temperature=0)
+kinds = pytest.mark.parametrize("kind", ["int8", "int4"])
 pytestmark = pytest.mark.usefixtures("shared_work")
 
 
@@ -84,25 +86,41 @@ def tensors(state):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_is_the_model(name, dtype, launches):
-    config = CONFIGS[name]
-    model = built(config, dtype)
-    text, ids = random_ids(config, 3, 6), random_ids(config, 3, 5, seed=1)
+    check(built(CONFIGS[name], dtype), 3, launches)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_of_integers_is_the_model(name, rows, dtype, kind, launches):
+    check(quantize(built(CONFIGS[name], dtype), kind), rows, launches)
+
+
+def check(model, rows, launches):
+    """Five steps of the decoder by its kernel, held to the model called and to the model in float64."""
+    config = model.config
+    text, ids = random_ids(config, rows, 6), random_ids(config, rows, 5, seed=1)
     _, start = read(model, text)
+    launches.clear()
     got, state = decoded(Decoder(model), model, ids, start)
-    assert launches.count("decode_step") == 5
+    assert launches == ["decode_step"] * 5
     plain, plain_state = called(model, ids, start)
     double = copy.deepcopy(model).double()
     exact, exact_state = called(double, ids, start.to(dtype=torch.float64, ssm_dtype=torch.float64))
     assert_law(got, plain, exact.double(), "logits", slack=16)
     for i, values in enumerate(zip(tensors(state), tensors(plain_state), tensors(exact_state), strict=True)):
         assert_law(*values, f"state {i}", slack=16)
-    assert state.seen.tolist() == plain_state.seen.tolist() == [11] * 3
+    assert state.seen.tolist() == plain_state.seen.tolist() == [11] * rows
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_that_row_alone(dtype):
+@pytest.mark.parametrize(("dtype", "kind"), [*((dtype, None) for dtype in DTYPES), (torch.float32, "int8"),
+                                             (torch.float32, "int4")])  # fmt: skip
+def test_a_row_is_that_row_alone(dtype, kind):
     config, rows = CONFIGS["odd"], 9
     model = built(config, dtype)
+    if kind is not None:
+        quantize(model, kind)
     _, start = read(model, random_ids(config, rows, 4))
     ids = random_ids(config, rows, 3, seed=1)
     alone = [decoded(Decoder(model), model, ids[[r]], start.select([r])) for r in range(rows)]
@@ -111,6 +129,42 @@ def test_a_row_is_that_row_alone(dtype):
         for r, (one, after) in enumerate(alone[:b]):
             assert torch.equal(logits[:, [r]], one), f"row {r} of {b}"
             assert all(torch.equal(v[[r]], w) for v, w in zip(tensors(state), tensors(after), strict=True))
+
+
+@kinds
+def test_a_row_that_overflows_leaves_the_others_alone(kind):
+    """Rows of integers are filled up beyond those of x, where the next row's numbers lie."""
+    config = CONFIGS["odd"]
+    model = quantize(built(config), kind)
+    _, start = read(model, random_ids(config, 6, 4))
+    ids = random_ids(config, 6, 2, seed=1)
+    want, _ = decoded(Decoder(model), model, ids, start)
+    for layer in start.layers:
+        layer.ssm[[1, 5]] = torch.inf
+    got, _ = decoded(Decoder(model), model, ids, start)
+    assert not got[:, [1, 5]].isfinite().any()
+    assert torch.equal(got[:, [0, 2, 3, 4]], want[:, [0, 2, 3, 4]])
+
+
+def test_matrices_of_several_kinds(launches):
+    model = built(CONFIGS["odd"])
+    quantize(model.backbone, "int4")  # and the head stays dense
+    check(model, 3, launches)
+    launches.clear()
+    model = built(CONFIGS["odd"])
+    quantize(model.backbone.layers[1], "int8")
+    _, state = read(model, torch.tensor([[3, 4]]))
+    logits, _ = Decoder(model).step(torch.tensor([5]), state)
+    torch.testing.assert_close(logits[:, :51], read(model, torch.tensor([[5]]), state)[0])
+    assert "decode_step" not in launches, "layers that differ are called"
+
+
+def test_integers_stay_away_from_the_kernels_of_a_gpu(monkeypatch):
+    model = built(CONFIGS["plain"]).bfloat16()
+    monkeypatch.setattr(decode, "explain", lambda *_: ("cuda", ""))
+    monkeypatch.setattr("anymamba.kernels.cuda_decode.supports", lambda *_: True)
+    assert decode._kernels_for(model).__name__ == "anymamba.kernels.cuda_decode"
+    assert decode._kernels_for(quantize(model)) is None
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
@@ -208,9 +262,12 @@ def test_states_from_elsewhere_and_back():
     assert torch.equal(Decoder(model).step(ids, after)[0], on), "a state passed back is that state"
 
 
-def test_a_hook_is_called(launches):
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_hook_is_called(launches, kind):
     config = CONFIGS["plain"]
     model = built(config)
+    if kind is not None:
+        quantize(model, kind)
     _, state = read(model, random_ids(config, 2, 4))
     ids, heard = torch.tensor([1, 2]), []
     want = Decoder(model).step(ids, state)[0].clone()

@@ -153,7 +153,8 @@ def test_generates(books, quantized, kind, launches):
     tokenizer, options = ByteTokenizer(), {"sampling": SamplingConfig(temperature=0), "max_new_tokens": 24}
     prompts = [tokenizer.encode(TEXT[: 10 * i]).tolist() for i in range(5, 9)]
     want, got = ([c.ids for c in generate(model, prompts, **options)] for model in (books, quantized[kind]))
-    assert "quantized_rows" in launches
+    assert launches.count("decode_step") == 2 * 24
+    assert "quantized_rows" in launches  # after reading the prompts
     agree = [next((i for i, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1), 24)
              for a, b in zip(want, got, strict=True)]  # fmt: skip
     assert sum(agree) >= (60 if kind == "int8" else 20), agree

@@ -15,7 +15,8 @@ from torch import Tensor
 from anymamba.backends import explain
 from anymamba.generate.rows import read
 from anymamba.layers.loss import is_bare
-from anymamba.layers.step import block_weights, is_plain, is_watched
+from anymamba.layers.quantized import QuantizedLinear
+from anymamba.layers.step import Integers, block_weights, is_plain, is_watched, matrix
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
 
@@ -69,15 +70,18 @@ def _kernels_for(model: MambaLM) -> ModuleType | None:
     """The module whose `Step` computes whole blocks of this model, None where the model's own forward has to do it."""
     dtypes = {p.dtype for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")}
     backbone, head = model.backbone, model.lm_head
-    plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and is_bare(head) and not is_watched(model)
+    bare = is_bare(head) or (type(head) is QuantizedLinear and head.bias is None and is_plain(head))
+    plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and bare and not is_watched(model)
     own = getattr(model.forward, "__func__", None) is not MambaLM.forward
     drops = model.dropout and model.training
     if own or not plain or drops or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):
         return None
-    if any(block_weights(block) is None for block in backbone.layers):
+    blocks = [block_weights(block) for block in backbone.layers]
+    if None in blocks or len({tuple(v.dtype for v in block.matrices) for block in blocks}) > 1:
         return None
+    integers = any(isinstance(v, Integers) for v in (*blocks[0].matrices, matrix(head)))
     backend, _ = explain(model.device, *dtypes, "decode")
-    if backend == "cuda":
+    if backend == "cuda" and not integers:
         from anymamba.kernels import cuda_decode as kernels
     elif backend == "numba":
         from anymamba.kernels import numba_decode as kernels
@@ -165,7 +169,7 @@ def bucket(rows: int) -> int:
 def _weights(model):
     backbone = model.backbone
     return [block_weights(block) for block in backbone.layers], backbone.embedding.weight, backbone.norm_f.weight, \
-        model.lm_head.weight  # fmt: skip
+        matrix(model.lm_head)  # fmt: skip
 
 
 def _tensors(state):

@@ -7,6 +7,8 @@ The threads go through the phases of every block together, and wait only between
 then the last norm and the head. Op by op, a token of a 130m model took 1.5 to 1.9 times its matrix products: Python,
 torch's dispatcher, threads that start and wait 200 times, A computed again. So it is one launch, and A is kept.
 
+A matrix is dense or of integers with their scales; which one is known when a kernel is compiled.
+
 Activations stay float32 between the products. Axes: b rows, m d_model, d d_inner, n d_state, r dt_rank, w d_conv,
 v padded vocabulary.
 """
@@ -15,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import njit
+from numba.extending import overload
 
 from anymamba.kernels import LANES
 from anymamba.kernels import numba_launch as launch
+from anymamba.kernels import numba_quantized as quantized
 from anymamba.kernels.numba_launch import (
     F32,
     F64,
@@ -40,13 +44,41 @@ from anymamba.kernels.numba_step import advance, outputs, step_inputs
 MAX_ROWS = 32  # above, torch's matrix products are faster than ours
 MOST = 128  # outputs of a work item; their weights stay in the L2 cache while rows of x pass over them
 
+TYPES = STORAGE | quantized.STORAGE
 PHASES = 4  # of a block
+MATRIX = 2  # places of a matrix in a plan: the addresses of its weights and their scales
 # the places of a block's addresses in its row of the plan
-(NORM, IN_PROJ, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_MATRIX, D_SKIP, OUT_PROJ, OUT_BIAS, CONV_STATE,
- SSM_STATE, FIELDS) = range(15)  # fmt: skip
+(NORM, IN_BIAS, CONV, CONV_BIAS, DT_BIAS, A_MATRIX, D_SKIP, OUT_BIAS, CONV_STATE, SSM_STATE) = range(10)
+(IN_PROJ, X_PROJ, DT_PROJ, OUT_PROJ, FIELDS) = range(10, 10 + 5 * MATRIX, MATRIX)
 # the places of the parameters of the launch
-(PLAN, LAYERS, ROWS, D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, RESIDUAL, XZ, PROJECTED, DT, Y, MIXED, NORM_F, HEAD,
- LOGITS, V, V_ROW, EPS, COUNTERS, GIVE_WAY, THREADS) = range(HEADER, HEADER + 23)  # fmt: skip
+(PLAN, LAYERS, ROWS, D_MODEL, D_INNER, D_STATE, DT_RANK, D_CONV, RESIDUAL, XZ, PROJECTED, DT, Y, MIXED, NORM_F, LOGITS,
+ V, V_ROW, EPS, COUNTERS, GIVE_WAY, THREADS, HEAD) = range(HEADER, HEADER + 23)  # fmt: skip
+
+
+# ---- matrices -------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _matrix(plan, at, dtype):
+    return pointer(plan[at], dtype), pointer(plan[at + 1], F32)
+
+
+def _products(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
+    """`numba_linear.products` of a `_matrix` of either kind."""
+
+
+@overload(_products)
+def _products_of_kind(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
+    if matrix[0].dtype in quantized.STORAGE.values():
+
+        def multiply(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
+            quantized.quantized_products(x, x_at, x_row, matrix[0], matrix[1], k, first, last, rows, y, y_row)
+    else:
+
+        def multiply(x, x_at, x_row, matrix, k, first, last, rows, y, y_row):
+            products(x, x_at, x_row, matrix[0], k, first, last, rows, y, y_row)
+
+    return multiply
 
 
 # ---- the parts of a block -------------------------------------------------------------------------------------------
@@ -109,7 +141,7 @@ def _in_proj(p, q, weight, state, counters, u, past):
         _normed(pointer(p[RESIDUAL], F32), pointer(q[NORM], F32), rows, m, pointer(p[EPS], F64)[0], u)
     while item < items:
         first, last = item * share, min((item + 1) * share, 2 * d)
-        products(u, 0, m, weight, m, first, last, rows, xz, 2 * d)
+        _products(u, 0, m, weight, m, first, last, rows, xz, 2 * d)
         if q[IN_BIAS] != 0:
             _add_bias(xz, 2 * d, pointer(q[IN_BIAS], F32), first, last, rows)
         if first < d:
@@ -130,7 +162,7 @@ def _x_proj(p, weight, counters):
     items = -(-width // share)
     done, item = 0, next_item(counters)
     while item < items:
-        products(x, 0, 2 * d, weight, d, item * share, min((item + 1) * share, width), rows, out, width)
+        _products(x, 0, 2 * d, weight, d, item * share, min((item + 1) * share, width), rows, out, width)
         done += 1
         item = next_item(counters)
     finish_phase(counters, done, items, p[GIVE_WAY])
@@ -147,7 +179,7 @@ def _scan(p, q, weight, h, counters, s, u, acc):
     done, item = 0, next_item(counters)
     while item < items:
         first, last = item * share, min((item + 1) * share, d)
-        products(projected, 0, width, weight, r, first, last, rows, dt, d)
+        _products(projected, 0, width, weight, r, first, last, rows, dt, d)
         for row in range(rows):
             B, x = pointer(p[PROJECTED] + 4 * (row * width + r), F32), row * 2 * d
             C = pointer(p[PROJECTED] + 4 * (row * width + r + n), F32)
@@ -170,7 +202,7 @@ def _out_proj(p, q, weight, counters):
     done, item = 0, next_item(counters)
     while item < items:
         first, last = item * share, min((item + 1) * share, m)
-        products(y, 0, d, weight, d, first, last, rows, mixed, m)
+        _products(y, 0, d, weight, d, first, last, rows, mixed, m)
         if q[OUT_BIAS] != 0:
             _add_bias(mixed, m, pointer(q[OUT_BIAS], F32), first, last, rows)
         for row in range(rows):
@@ -190,25 +222,25 @@ def _head(p, weight, counters, u):
     if item < items:
         _normed(pointer(p[RESIDUAL], F32), pointer(p[NORM_F], F32), rows, m, pointer(p[EPS], F64)[0], u)
     while item < items:
-        products(u, 0, m, weight, m, item * share, min((item + 1) * share, v), rows, logits, p[V_ROW])
+        _products(u, 0, m, weight, m, item * share, min((item + 1) * share, v), rows, logits, p[V_ROW])
         item = next_item(counters)
 
 
 @launch.Kernel
 def decode_step(dtypes):
-    dtype, state_dtype = dtypes
+    in_type, x_type, dt_type, out_type, head_type, conv_type, ssm_type = dtypes
 
     def kernel(p):
         u, past = np.empty(p[ROWS] * p[D_MODEL], np.float32), np.empty(MOST * p[D_CONV] + LANES, np.float32)
         s, su, acc = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for layer in range(p[LAYERS]):
             q, at = pointer(p[PLAN] + 8 * layer * FIELDS, I64), p[COUNTERS] + 8 * layer * PHASES * PHASE
-            _in_proj(p, q, pointer(q[IN_PROJ], dtype), pointer(q[CONV_STATE], dtype), pointer(at, I64), u, past)
-            _x_proj(p, pointer(q[X_PROJ], dtype), pointer(at + 8 * PHASE, I64))
-            _scan(p, q, pointer(q[DT_PROJ], dtype), pointer(q[SSM_STATE], state_dtype),
-                  pointer(at + 16 * PHASE, I64), s, su, acc)  # fmt: skip
-            _out_proj(p, q, pointer(q[OUT_PROJ], dtype), pointer(at + 24 * PHASE, I64))
-        _head(p, pointer(p[HEAD], dtype), pointer(p[COUNTERS] + 8 * p[LAYERS] * PHASES * PHASE, I64), u)
+            conv, ssm = pointer(q[CONV_STATE], conv_type), pointer(q[SSM_STATE], ssm_type)
+            _in_proj(p, q, _matrix(q, IN_PROJ, in_type), conv, pointer(at, I64), u, past)
+            _x_proj(p, _matrix(q, X_PROJ, x_type), pointer(at + 8 * PHASE, I64))
+            _scan(p, q, _matrix(q, DT_PROJ, dt_type), ssm, pointer(at + 16 * PHASE, I64), s, su, acc)
+            _out_proj(p, q, _matrix(q, OUT_PROJ, out_type), pointer(at + 24 * PHASE, I64))
+        _head(p, _matrix(p, HEAD, head_type), pointer(p[COUNTERS] + 8 * p[LAYERS] * PHASES * PHASE, I64), u)
 
     return kernel
 
@@ -217,34 +249,38 @@ def decode_step(dtypes):
 
 
 def supports(config, dtype, device):
-    """Whether `Step` takes such a model: any of 32 or 16 bits."""
+    """Whether `Step` takes such a model: any of 32 or 16 bits, its matrices perhaps of integers."""
     return dtype in STORAGE
 
 
 class Step:
     """One token of each row, at each call; the states in `layers` are advanced in place.
 
-    blocks: a `BlockWeights` for each layer; embedding, head (v,m); norm_f (m,); layers: a `LayerState` for each layer,
-    conv (b,d,w-1) in the dtype of the weights, ssm (b,d,n) in any of `STORAGE`.
+    blocks: a `BlockWeights` for each layer, whose matrices, and head (v,m), are tensors or tuples (integers, scales);
+    all layers have the same dtypes. embedding (v,m); norm_f (m,); layers: a `LayerState` for each layer, conv (b,d,w-1)
+    and ssm (b,d,n) in any of `STORAGE`.
     """
 
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         rows, m, d, n, r = layers[0].ssm.shape[0], config.d_model, config.d_inner, config.d_state, config.rank
         self.embedding = embedding
-        self.types = STORAGE[head.dtype], STORAGE[layers[0].ssm.dtype]
-        self.residual, self.logits = torch.empty(rows, m), torch.full((rows, len(head)), -torch.inf)
+        self.types = (*(TYPES[v.dtype] for v in (*blocks[0].matrices, head)), *(STORAGE[v.dtype] for v in layers[0]))
+        matrices = [[*map(_whole, block.matrices)] for block in blocks]
+        head, v_row = _whole(head), len(embedding)
+        self.residual, self.logits = torch.empty(rows, m), torch.full((rows, v_row), -torch.inf)
         self.counters = torch.empty(len(blocks) * PHASES + 1, PHASE, dtype=torch.int64)
-        self.kept = [[*_prepared(block), *layer] for block, layer in zip(blocks, layers, strict=True)]
-        plan = torch.tensor([[address(v) for v in row] for row in self.kept])
+        vectors = [[*_vectors(block), *layer] for block, layer in zip(blocks, layers, strict=True)]
+        plan = torch.tensor([[*map(address, own), *(address(v) for matrix in four for v in matrix)]
+                             for own, four in zip(vectors, matrices, strict=True)])  # fmt: skip
         between = [torch.empty(rows, k) for k in (2 * d, r + 2 * n, d, d, m)]  # xz, projected, dt, y, mixed
         norm_f, eps = norm_f.float(), torch.tensor(config.norm_eps, dtype=torch.float64)
-        self.kept += [[plan, *between, norm_f, head, eps]]  # the kernel has their addresses only
+        self.kept = [matrices, vectors, head, plan, between, norm_f, eps]  # the kernel has their addresses only
         self.params = [
             address(plan), len(blocks), rows, m, d, n, r, config.d_conv, *map(address, (self.residual, *between)),
-            *map(address, (norm_f, head, self.logits)), config.vocab_size, len(head), address(eps),
-            address(self.counters), give_way_address(), 1,
+            address(norm_f), address(self.logits), config.vocab_size, v_row, address(eps), address(self.counters),
+            give_way_address(), 1, *map(address, head),
         ]  # fmt: skip
-        weights = head.numel() + sum(v.numel() for block in blocks for v in block if v is not None)
+        weights = head[0].numel() + sum(weight.numel() for four in matrices for weight, _ in four)
         self.work = weights // LANES  # of a row
 
     def __call__(self, ids):
@@ -260,8 +296,13 @@ class Step:
         return self.logits[:b]
 
 
-def _prepared(block):
-    """A block's tensors in the order of the plan: the large matrices as they are, all else in float32, A for exp2."""
-    large = {"in_proj", "x_proj", "dt_proj", "out_proj"}
-    values = {k: v if v is None or k in large else v.float() for k, v in block._asdict().items()}
-    return [-torch.exp(v) if k == "A_log" else v for k, v in values.items()]
+def _whole(matrix):
+    """(weights, scales or None) of a matrix."""
+    return matrix if isinstance(matrix, tuple) else (matrix, None)
+
+
+def _vectors(block):
+    """What else a block has, in the order of the plan, in float32; A for exp2."""
+    values = (block.norm, block.in_bias, block.conv, block.conv_bias, block.dt_bias, -torch.exp(block.A_log.float()),
+              block.D, block.out_bias)  # fmt: skip
+    return [v if v is None else v.float() for v in values]

@@ -9,23 +9,42 @@ from anymamba.layers.block import Block
 from anymamba.layers.linear import Linear
 from anymamba.layers.mamba import MambaMixer, StepProjection
 from anymamba.layers.norm import RMSNorm
+from anymamba.layers.quantized import QuantizedLinear
+
+
+class Integers(NamedTuple):
+    """A matrix as `reference.quantize_weight` makes it."""
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+Matrix = Tensor | Integers
 
 
 class BlockWeights(NamedTuple):
     """The parameters of a block, by the names of its modules; axes as in `layers.mamba`."""
 
     norm: Tensor  # (m,)
-    in_proj: Tensor  # (2d,m), rows [x; z]
+    in_proj: Matrix  # (2d,m), rows [x; z]
     in_bias: Tensor | None
     conv: Tensor  # (d,w)
     conv_bias: Tensor | None
-    x_proj: Tensor  # (r+2n,d), rows [dt; B; C]
-    dt_proj: Tensor  # (d,r)
+    x_proj: Matrix  # (r+2n,d), rows [dt; B; C]
+    dt_proj: Matrix  # (d,r)
     dt_bias: Tensor  # (d,)
     A_log: Tensor  # (d,n)
     D: Tensor  # (d,)
-    out_proj: Tensor  # (m,d)
+    out_proj: Matrix  # (m,d)
     out_bias: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+        return self.in_proj, self.x_proj, self.dt_proj, self.out_proj
 
 
 def block_weights(block: nn.Module) -> BlockWeights | None:
@@ -34,13 +53,18 @@ def block_weights(block: nn.Module) -> BlockWeights | None:
         return None
     mixer = block.mixer
     return BlockWeights(
-        block.norm.weight, mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias,
-        mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, mixer.out_proj.weight,
+        block.norm.weight, matrix(mixer.in_proj), mixer.in_proj.bias, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias,
+        matrix(mixer.x_proj), matrix(mixer.dt_proj), mixer.dt_proj.bias, mixer.A_log, mixer.D, matrix(mixer.out_proj),
         mixer.out_proj.bias,
     )  # fmt: skip
 
 
-_TYPES = {Block, RMSNorm, MambaMixer, Linear, StepProjection, nn.Conv1d, nn.Embedding}
+def matrix(layer: nn.Module) -> Matrix:
+    """The weight of a linear layer."""
+    return Integers(layer.weight, layer.scale) if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+_TYPES = {Block, RMSNorm, MambaMixer, Linear, StepProjection, QuantizedLinear, nn.Conv1d, nn.Embedding}
 
 
 def is_plain(part: nn.Module) -> bool:
@@ -48,7 +72,8 @@ def is_plain(part: nn.Module) -> bool:
     for module in part.modules():
         if type(module) not in _TYPES or "forward" in module.__dict__ or is_watched(module):
             return False
-    return all(type(p) in (nn.Parameter, Tensor) and p.is_contiguous() for p in part.parameters())
+    tensors = (*part.parameters(), *part.buffers())
+    return all(type(v) in (nn.Parameter, Tensor) and v.is_contiguous() for v in tensors)
 
 
 def is_watched(module: nn.Module) -> bool:
