@@ -32,8 +32,8 @@ examples:
   anymamba generate runs/NAME --interactive               the model remembers the whole conversation
   anymamba generate runs/NAME --state book.state          goes on with what `anymamba state read` has read
   anymamba generate runs/NAME --interactive --save-state talk.state
-  anymamba generate runs/BIG --draft runs/SMALL           faster: the small model guesses, the big one checks
-  anymamba generate runs/NAME --lookup --prompt - < code  faster where the text repeats itself
+  anymamba generate runs/BIG --draft runs/SMALL           the small model guesses, the big one checks
+  anymamba generate runs/NAME --lookup --prompt - < code  guesses from the text so far
 """
 
 
