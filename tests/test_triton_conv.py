@@ -301,7 +301,7 @@ for w in (1, 4):
         print(compiled(triton_conv._forward, pointers, cut, constants, 4))
         pointers = ["dy", "x", "weight", "bias", "dx", "partial", *given]
         constants = sizes | {"packed": packed, "has_dfinal": packed} | absent
-        print(compiled(triton_conv._backward, pointers, ["dy_batch", "dy_row", *cut], constants, 4))
+        print(compiled(triton_conv._backward, pointers, ["dy_batch", "dy_row", "dx_row", *cut], constants, 4))
 sizes = {"rows": 1, "block": 1024}
 print(compiled(triton_norm._forward, ["x", "residual", "weight", "out", "total", "inverse"], ["count", "m", "eps"],
                sizes | {"has_residual": True}, 8))

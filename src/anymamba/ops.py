@@ -64,13 +64,13 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "backend": backend}
         return _scan_with_states(return_states, x, dt, A, B, C, D, z, initial_state, options)
     backend = choose(backend, x, "selective_scan", A.shape[1])
-    cu_seqlens = _bounds(cu_seqlens, x, backend)
+    cu_seqlens = bounds(cu_seqlens, x, backend)
     if backend == "reference":
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
                                         initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
-    common, own = _common_dtype(x, dt, z), _float32 if backend == "numba" else _up_to_float32
-    tensors = (_to(x, common), _to(dt, common), _float32(A), own(B), own(C), own(D), _to(z, common), own(dt_bias),
-               _float32(initial_state))  # fmt: skip
+    common, own = _common_dtype(x, dt, z), float32 if backend == "numba" else up_to_float32
+    tensors = (_to(x, common), _to(dt, common), float32(A), own(B), own(C), own(D), _to(z, common), own(dt_bias),
+               float32(initial_state))  # fmt: skip
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     *inputs, h0 = tensors
     y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save, backend)
@@ -89,13 +89,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, acti
     Returns y (b,t,d) and final_state (s,d,w-1), the last w-1 inputs, both in x's dtype.
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
-    _check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
+    check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
     backend = choose(backend, x, "causal_conv1d", weight.shape[1])
-    cu_seqlens = _bounds(cu_seqlens, x, backend)
+    cu_seqlens = bounds(cu_seqlens, x, backend)
     if backend == "reference":
         return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state,
                                        cu_seqlens=cu_seqlens)  # fmt: skip
-    own = _float32 if backend == "numba" else _up_to_float32
+    own = float32 if backend == "numba" else up_to_float32
     return torch.ops.anymamba.causal_conv1d(x, own(weight), own(bias), activation == "silu", own(initial_state),
                                             cu_seqlens, backend)  # fmt: skip
 
@@ -144,8 +144,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: flo
     backend = choose(backend, x, "add_rms_norm")
     if backend == "reference" or dtype == torch.float64:
         return reference.add_rms_norm(x, residual, weight, eps=eps, dtype=dtype)
-    weight = _float32(weight) if backend == "numba" else _up_to_float32(weight)
-    out, total, _ = torch.ops.anymamba.add_rms_norm(x, _float32(residual), weight, eps, dtype or x.dtype, backend)
+    weight = float32(weight) if backend == "numba" else up_to_float32(weight)
+    out, total, _ = torch.ops.anymamba.add_rms_norm(x, float32(residual), weight, eps, dtype or x.dtype, backend)
     return out, total
 
 
@@ -207,11 +207,11 @@ def _to(v, dtype):
     return v if v is None or v.dtype == dtype else v.to(dtype)
 
 
-def _float32(v):
+def float32(v):
     return _to(v, torch.float32)
 
 
-def _up_to_float32(v):
+def up_to_float32(v):
     """v as it is if a GPU kernel can read it."""
     return v if v is None or v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v.float()
 
@@ -228,7 +228,7 @@ def _common_dtype(x, dt, z):
 _known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, stream, what kernels take; None: itself)
 
 
-def _bounds(cu_seqlens, x, backend):
+def bounds(cu_seqlens, x, backend):
     """cu_seqlens on the device of x, checked. To read values from a GPU is to wait for it: once for each tensor."""
     if cu_seqlens is None or backend == "numba":  # whose operator checks
         return cu_seqlens
@@ -310,7 +310,7 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
     for name, v in {"D": D, "dt_bias": dt_bias}.items():
         if v is not None and v.shape != (d,):
             _fail(op, name, v, f"it must be ({d},), one number a channel of x {tuple(x.shape)}")
-    _check_state(op, initial_state, (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, n), "sequences, d, n")
+    check_state(op, initial_state, (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, n), "sequences, d, n")
 
 
 def _check_states(k, cu_seqlens):
@@ -320,7 +320,7 @@ def _check_states(k, cu_seqlens):
         raise AnymambaError("selective_scan: return_states with cu_seqlens: scan the sequences one by one for states")
 
 
-def _check_conv(x, weight, bias, activation, initial_state, cu_seqlens):
+def check_conv(x, weight, bias, activation, initial_state, cu_seqlens):
     op = "causal_conv1d"
     _check_common(op, x, cu_seqlens, {"weight": weight, "bias": bias, "initial_state": initial_state})
     b, _, d = x.shape
@@ -331,9 +331,9 @@ def _check_conv(x, weight, bias, activation, initial_state, cu_seqlens):
     if activation not in (None, "silu"):
         _fail(op, "activation", activation, 'it must be None or "silu"')
     shape = (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, weight.shape[1] - 1)
-    _check_state(op, initial_state, shape, "sequences, d, w - 1")
+    check_state(op, initial_state, shape, "sequences, d, w - 1")
 
 
-def _check_state(op, state, shape, axes):
+def check_state(op, state, shape, axes):
     if state is not None and state.shape != shape:
         _fail(op, "initial_state", state, f"it must be ({axes}) = {shape}")

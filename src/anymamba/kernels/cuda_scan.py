@@ -199,8 +199,12 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
 # ---- backward --------------------------------------------------------------------------------------------------
 
 
-def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
-    """Gradients of everything that forward took, in its order; None for what was absent."""
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved,
+                            dz_out=None):  # fmt: skip
+    """Gradients of everything that forward took, in its order; None for what was absent.
+
+    `dz_out` (b,t,d): where dz is written, rows of a wider array perhaps.
+    """
     like_B, like_C, like_D, like_bias = B, C, D, dt_bias
     x, dt, z, dy, B, C, A = _rows(x), _rows(dt), _rows(z), _rows(dy), _matrix(B), _matrix(C), A.contiguous()
     D, dt_bias, dfinal_state = _float(D), _float(dt_bias), _float(dfinal_state)
@@ -208,7 +212,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences * call.pieces
     plan, shared = call.fit(call.plan, _backward_bytes, x, (B, C), 3 if z is None else 4)
     dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
-    dz = None if z is None else torch.empty_like(dx)
+    dz = None if z is None else torch.empty_like(dx) if dz_out is None else dz_out
     parts, dinitial = (call.empty(s, d, n), call.empty(s, d), call.empty(s, d)), call.empty(s, d, n)
     make = torch.empty if dinitial.numel() else torch.zeros  # without steps nothing is summed
     dA, dD, dbias = (make(v.shape[1:], dtype=v.dtype, device=v.device) for v in parts)
@@ -217,15 +221,16 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     varying = [None if v.dim() == 2 else new(v, (b, t, call.groups, n)) for v in (B, C)]
     partial = call.empty(call.groups * call.blocks(plan), b * t, sum(n for v in (B, C) if v.dim() == 4))
     if dinitial.numel():
-        wide = _wide(d // call.groups, x, dt, z, dy, dx)
+        wide = _wide(d // call.groups, x, dt, z, dy, dx, dz)
         if call.pieces > 1:
             dfinal_state = _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide)
         call.launch(
             "cuda_scan_backward.cu", "scan_backward", plan, shared,
             (*_strided(x), *_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(B),
              *_strided_matrix(C), _at(D), _at(dt_bias), _at(dfinal_state), _at(cu_seqlens), _at(saved),
-             _at(dx), _at(ddt), _at(dz), d, d, _at(parts[0]), _at(fixed[0]), _at(fixed[1]), _at(partial), _at(parts[1]),
-             _at(parts[2]), _at(dinitial), t, d, call.groups, call.pieces, call.step, b * t),
+             _at(dx), _at(ddt), _at(dz), d, d if dz is None else dz.stride(1), _at(parts[0]), _at(fixed[0]),
+             _at(fixed[1]), _at(partial), _at(parts[1]), _at(parts[2]), _at(dinitial), t, d, call.groups, call.pieces,
+             call.step, b * t),
             WIDE=wide,
         )  # fmt: skip
         kernel = call.load("cuda_scan_backward.cu", "scan_collect", plan, SHARED=shared, WIDE=wide)

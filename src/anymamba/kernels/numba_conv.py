@@ -233,14 +233,15 @@ def causal_conv1d(x, weight, bias, silu, initial_state, bounds):
     return y, final_state
 
 
-def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, bounds):
+def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, bounds, dx_out=None):
     """Gradients dx, dweight, dbias, dinitial_state."""
     (total, d), w, sequences = x.shape, weight.shape[1], bounds.numel() - 1
-    dx, dweight, dbias = torch.empty(total, d, dtype=x.dtype), torch.empty(d, w), torch.empty(d)
+    dx = torch.empty(total, d, dtype=x.dtype) if dx_out is None else dx_out
+    dweight, dbias = torch.empty(d, w), torch.empty(d)
     dinitial = torch.empty(sequences, d, w - 1)
     blocks = -(-d // LANES)
     launch.launch(conv_backward, launch.STORAGE[x.dtype], blocks, [
-        *map(address, (x, dy, dx)), x.stride(0), dy.stride(0), d,
+        *map(address, (x, dy, dx)), x.stride(0), dy.stride(0), dx.stride(0),
         *map(address, (weight, bias, initial_state, dfinal_state, dweight, dbias, dinitial, bounds)),
         silu, d, w, sequences,
     ], work=4 * total * d)  # fmt: skip

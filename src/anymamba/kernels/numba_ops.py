@@ -70,14 +70,15 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
     return y.view(x.shape), final_state, saved
 
 
-def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved,
+                            dz_out=None):  # fmt: skip
     shapes = [x.shape, dt.shape, A.shape, B.shape, C.shape]
     one_group = [v.dim() == 3 for v in (B, C)]
     flat_x, flat_dt, flat_B, flat_C, flat_z = _flatten_scan(x, dt, B, C, z)
     dfinal_state, A, D, dt_bias = _dense(dfinal_state, A, D, dt_bias)
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = numba_scan_backward.selective_scan_backward(
         rows(dy, x.shape[2]), dfinal_state, flat_x, flat_dt, A, flat_B, flat_C, D, flat_z, dt_bias, dt_softplus,
-        bounds_of(x, cu_seqlens), saved,
+        bounds_of(x, cu_seqlens), saved, rows(dz_out, x.shape[2]),
     )  # fmt: skip
     dB, dC = (v.sum(1) if one and v.shape[1] > 1 else v for v, one in zip((dB, dC), one_group, strict=True))
     dx, ddt, dA, dB, dC = (v.reshape(s) for v, s in zip((dx, ddt, dA, dB, dC), shapes, strict=True))
@@ -95,11 +96,11 @@ def causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens):
     return y.view(x.shape), final_state.to(x.dtype)
 
 
-def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens):
+def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, dx_out=None):
     dfinal_state, weight, bias, initial_state = _dense(_float32(dfinal_state), weight, bias, initial_state)
     dx, dweight, dbias, dinitial = numba_conv.causal_conv1d_backward(
         rows(dy, x.shape[2]), dfinal_state, rows(x, x.shape[2]), weight, bias, silu, initial_state,
-        bounds_of(x, cu_seqlens),
+        bounds_of(x, cu_seqlens), rows(dx_out, x.shape[2]),
     )  # fmt: skip
     return dx.view(x.shape), dweight, None if bias is None else dbias, None if initial_state is None else dinitial
 

@@ -128,6 +128,7 @@ def scan_backward(dtype):
         has_z, has_D, has_bias, has_dh_last = p[4] != 0, p[16] != 0, p[17] != 0, p[19] != 0
         use_softplus, const_B, const_C = p[27] != 0, p[28] != 0, p[29] != 0
         sequences, d, n, groups, chunk, teams, parts = p[30], p[31], p[32], p[33], p[34], p[35], p[36]
+        dz_row = p[37]
         total = bounds[sequences]
 
         width = d // groups
@@ -190,7 +191,7 @@ def scan_backward(dtype):
                         prepare(x, x_row, dt, dt_row, bias_lanes[e:], c, m, t0, t1, use_softplus, s, u)
                         _scan_keep(t1 - t0, n, s, u, A_lanes[i:], hs, decay, B, C, bc, groups * n, B_lanes[i:],
                                    C_lanes[i:], const_B, const_C, acc)  # fmt: skip
-                        _gate_back(x, x_row, z, z_row, dy, dy_row, dz, d, D_lanes[e:], dD_lanes, c, m, t0, t1,
+                        _gate_back(x, x_row, z, z_row, dy, dy_row, dz, dz_row, D_lanes[e:], dD_lanes, c, m, t0, t1,
                                    has_z, acc)  # fmt: skip
                         _scan_back(t1 - t0, n, s, u, A_lanes[i:], hs, decay, B, C, bc, groups * n, B_lanes[i:],
                                    C_lanes[i:], const_B, const_C, acc, g[i:], dA_lanes, dB_lanes, dC_lanes,
@@ -228,13 +229,14 @@ def scan_backward(dtype):
     return kernel
 
 
-def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, bounds, saved):
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, bounds, saved,
+                            dz_out=None):  # fmt: skip
     """Gradients dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state; None where the input was None."""
     (total, d), n, sequences = x.shape, A.shape[1], bounds.numel() - 1
     groups = next((v.shape[1] for v in (B, C) if v.dim() == 3), 1)
     teams, parts = split_work(sequences)
     dx, ddt = torch.empty(total, d, dtype=x.dtype), torch.empty(total, d, dtype=x.dtype)
-    dz = None if z is None else torch.empty(total, d, dtype=x.dtype)
+    dz = None if z is None else torch.empty(total, d, dtype=x.dtype) if dz_out is None else dz_out
     dA, dD, dbias = torch.empty(teams, d, n), torch.empty(teams, d), torch.empty(teams, d)
     dB, dC = (torch.empty(teams, d, n) if v.dim() == 2 else torch.zeros(parts, *v.shape) for v in (B, C))
     dinitial = torch.empty(sequences, d, n)
@@ -243,6 +245,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
         *map(address, (dx, ddt, dz, A, B, C, D, dt_bias, saved, dfinal_state, bounds)),
         *map(address, (dA, dB, dC, dD, dbias, dinitial)),
         dt_softplus, B.dim() == 2, C.dim() == 2, sequences, d, n, groups, chunk_length(n), teams, parts,
+        0 if dz is None else dz.stride(0),
     ], work=total * d * n)  # fmt: skip
     sums = [v[0] if v.shape[0] == 1 else v.sum(0) for v in (dA, dB, dC, dD, dbias)]
     dA, dB, dC, dD, dbias = sums

@@ -192,7 +192,7 @@ def _through_state(v, dfinal_state, place, sequence, columns, d, w: tl.constexpr
 
 
 @triton.jit
-def _walk_back(x, x_row, dy, dy_row, dx, row, stop, start, end, state, dfinal_state, sequence, taps, bias, sums,
+def _walk_back(x, x_row, dy, dy_row, dx, dx_row, row, stop, start, end, state, dfinal_state, sequence, taps, bias, sums,
                columns, d, w: tl.constexpr, steps: tl.constexpr, silu: tl.constexpr, has_state: tl.constexpr,
                has_dfinal: tl.constexpr):  # fmt: skip
     """dx of rows row … stop-1, all of one sequence, and `sums` (of dweight, dbias) with these rows' share."""
@@ -216,7 +216,7 @@ def _walk_back(x, x_row, dy, dy_row, dx, row, stop, start, end, state, dfinal_st
             done = row + i - late
             out = _through_state(out, dfinal_state, done - end + late, sequence, columns, d, w, has_dfinal)
             mask = _inside(columns, d, (done >= first) & (done < stop))
-            tl.store(dx + done.to(tl.int64) * d + columns, out.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + done.to(tl.int64) * dx_row + columns, out.to(dx.dtype.element_ty), mask=mask)
             mine = tl.where(row + i < stop, g, 0)  # the rows after are those of the next program
             shares = ()
             for k in tl.static_range(w):
@@ -249,7 +249,7 @@ def _state_gradient(x, x_row, dy, dy_row, start, end, state, dfinal_state, dstat
 
 @triton.jit(do_not_specialize=["t", "tiles", "items", "sequences"])
 def _backward(dy, dfinal_state, x, weight, bias, state, cu_seqlens, dx, dstate, partial, dy_batch, dy_row, x_batch,
-              x_row, t, d, tiles, items, sequences, w: tl.constexpr, length: tl.constexpr, steps: tl.constexpr,
+              x_row, dx_row, t, d, tiles, items, sequences, w: tl.constexpr, length: tl.constexpr, steps: tl.constexpr,
               block: tl.constexpr, silu: tl.constexpr, has_bias: tl.constexpr, has_state: tl.constexpr,
               has_dfinal: tl.constexpr, packed: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(d, block)
@@ -268,16 +268,17 @@ def _backward(dy, dfinal_state, x, weight, bias, state, cu_seqlens, dx, dstate, 
                 start = tl.load(cu_seqlens + sequence).to(tl.int32)
                 end = tl.load(cu_seqlens + sequence + 1).to(tl.int32)
                 last = tl.minimum(end, stop)
-                sums = _walk_back(x, x_row, dy, dy_row, dx, row, last, start, end, state, dfinal_state, sequence, taps,
-                                  b, sums, columns, d, w, steps, silu, has_state, has_dfinal)  # fmt: skip
+                sums = _walk_back(x, x_row, dy, dy_row, dx, dx_row, row, last, start, end, state, dfinal_state,
+                                  sequence, taps, b, sums, columns, d, w, steps, silu, has_state,
+                                  has_dfinal)  # fmt: skip
                 row = tl.maximum(row, last)
                 sequence += 1
         else:
             sequence = (item // tiles).to(tl.int64)
             x += sequence * x_batch
             dy += sequence * dy_batch
-            dx += sequence * t * d
-            sums = _walk_back(x, x_row, dy, dy_row, dx, row, stop, item * 0, t, state, dfinal_state, sequence,
+            dx += sequence * t * dx_row
+            sums = _walk_back(x, x_row, dy, dy_row, dx, dx_row, row, stop, item * 0, t, state, dfinal_state, sequence,
                               taps, b, sums, columns, d, w, steps, silu, has_state, has_dfinal)  # fmt: skip
         for k in tl.static_range(w + 1):
             tl.store(partial + (item.to(tl.int64) * (w + 1) + k) * d + columns, sums[k], mask=columns < d)
@@ -335,13 +336,17 @@ def causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens):
     return y, final_state
 
 
-def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens):
-    """dx, dweight, dbias, dinitial_state, each as its input; None for an absent one."""
+def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, dx_out=None):
+    """dx, dweight, dbias, dinitial_state, each as its input; None for an absent one.
+
+    `dx_out` (b,t,d): where dx is written, rows of a wider array perhaps.
+    """
     (b, t, d), w = x.shape, weight.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.numel() - 1
     x, dy = _unit(x), _unit(dy)
     dfinal_state, weight, bias, initial_state = dense(dfinal_state, weight, bias, initial_state)
-    dx, dweight = x.new_empty(b, t, d), torch.empty_like(weight)
+    dx = x.new_empty(b, t, d) if dx_out is None else dx_out
+    dweight = torch.empty_like(weight)
     dbias, dinitial = (None if v is None else torch.empty_like(v) for v in (bias, initial_state))
     length, steps, block, warps = _cut(b, t, d, w, 128, 8 // x.element_size(), 512)
     tiles = triton.cdiv(t, length)
@@ -352,8 +357,9 @@ def causal_conv1d_backward(dy, dfinal_state, x, weight, bias, silu, initial_stat
         if programs:
             _backward[(programs,)](
                 dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, dx, dinitial, partial, dy.stride(0),
-                dy.stride(1), x.stride(0), x.stride(1), t, d, tiles, b * tiles, sequences, w, length, steps, block,
-                silu, bias is not None, has_state, dfinal_state is not None, cu_seqlens is not None, num_warps=warps,
+                dy.stride(1), x.stride(0), x.stride(1), dx.stride(1), t, d, tiles, b * tiles, sequences, w, length,
+                steps, block, silu, bias is not None, has_state, dfinal_state is not None, cu_seqlens is not None,
+                num_warps=warps,
             )  # fmt: skip
         sum_shares(partial, dweight, dbias)
     return dx, dweight, dbias, dinitial

@@ -200,7 +200,7 @@ def _ungate(gy, z, h, c, x, D, dz, mask, k: tl.constexpr):
 def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed, C_fixed, D, dt_bias, saved, added,
                   scratch, bounds, dA, dB_fixed, dC_fixed, partial, dD, dbias, dinitial,
                   dy_b, dy_t, x_b, x_t, dt_b, dt_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g,
-                  t, length, chunks, d, rows, blocks, per_group, width, saved_blocks, shares, share,
+                  t, length, chunks, d, dz_t, rows, blocks, per_group, width, saved_blocks, shares, share,
                   n: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, SAVED_LANES: tl.constexpr,
                   STEPS: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
     """A program takes `share` blocks of a group one after the other, and adds up their dB and dC in `partial`."""
@@ -266,7 +266,7 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
                 ahead = piece * KEEP + tl.maximum(q - 1, 0) * STEPS
                 next_dts, next_xs, next_dys, next_zs = _group(dt, x, dy, z, ahead, count, dt_t, x_t, dy_t, z_t, channel,
                                                               STEPS)  # fmt: skip
-                out = (flat + at) * d
+                out, out_z = (flat + at) * d, (flat + at) * dz_t
                 bs = columns(B_tile, B + at * B_t, B_t, left, j, n, STEPS, B_fixed is None)
                 cs = columns(C_tile, C + at * C_t, C_t, left, j, n, STEPS, C_fixed is None)
                 a = _tile(A + tile, left)
@@ -276,11 +276,11 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
                 bs = columns(B_tile, B_again + at * B_t, B_t, left, j, n, STEPS, B_fixed is None)
                 sums = ()
                 for k in tl.static_range(STEPS - 1, -1, -1):
-                    alive, here = lane * 0 + k < left, k * d + channel
+                    alive, here, z_here = lane * 0 + k < left, k * d + channel, k * dz_t + channel
                     x_k, size = xs[k].to(tl.float32), sizes[k]
                     gy = tl.where(alive & inside, dys[k].to(tl.float32), 0.0)
                     if z is not None:
-                        gy = _ungate(gy, zs[k], hs[k], cs[k], x_k, skip, dz + out + here, alive & inside, k)
+                        gy = _ungate(gy, zs[k], hs[k], cs[k], x_k, skip, dz + out_z + z_here, alive & inside, k)
                     scaled = gy * (1 << (STEPS - 1 - k))
                     g += cs[k] * scaled[None, :]
                     by_B, by_C = g * (size * x_k * (2 << k))[None, :], hs[k] * scaled[None, :]
@@ -323,8 +323,12 @@ def scan_backward(dy, x, dt, z, dx, ddt, dz, A, A_again, B, B_again, C, B_fixed,
 # ---- launches --------------------------------------------------------------------------------------------------
 
 
-def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved):
-    """dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, each as its input; None for an absent one."""
+def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved,
+                            dz_out=None):  # fmt: skip
+    """dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, each as its input; None for an absent one.
+
+    `dz_out` (b,t,d): where dz is written, rows of a wider array perhaps.
+    """
     (b, t, d), n = x.shape, A.shape[1]
     sequences = b if cu_seqlens is None else cu_seqlens.numel() - 1
     groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
@@ -339,7 +343,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
 
     x, dt, z, dy, D, dt_bias, cu_seqlens = map(unit, (x, dt, z, dy, D, dt_bias, cu_seqlens))
     dx, ddt = x.new_empty(b, t, d), x.new_empty(b, t, d)
-    dz = None if z is None else x.new_empty(b, t, d)
+    dz = None if z is None else x.new_empty(b, t, d) if dz_out is None else dz_out
     parts = sequences * chunks
     dA, dinitial = torch.empty(parts, d, n, **real), torch.empty(sequences, d, n, **real)
     d_fixed = [torch.empty(parts, d, n, **real) if v.dim() == 2 else None for v in inputs]
@@ -365,9 +369,9 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
             scan_backward[(parts * shares,)](
                 dy, x, dt, z, dx, ddt, dz, A, A, B, B, C, B_fixed, C_fixed, D, dt_bias, saved, added, scratch,
                 cu_seqlens, dA, *d_fixed, partial, dD, dbias, dinitial, *strides(dy), *strides(x), *strides(dt),
-                *strides(z), *B_strides, *C_strides, t, length, chunks, d, b * t, blocks, per_group, d // groups,
-                saved_blocks, shares, share, n, N, lanes, saved_lanes, STEPS, keep, dt_softplus, num_warps=warps,
-                enable_fp_fusion=True,
+                *strides(z), *B_strides, *C_strides, t, length, chunks, d, d if dz is None else dz.stride(1), b * t,
+                blocks, per_group, d // groups, saved_blocks, shares, share, n, N, lanes, saved_lanes, STEPS, keep,
+                dt_softplus, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     dB, dC = _restore(partial, d_fixed, inputs)
     dD, dbias = (None if v is None else _sum(g).to(v.dtype) for v, g in ((D, dD), (dt_bias, dbias)))

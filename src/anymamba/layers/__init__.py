@@ -1,9 +1,9 @@
 """Building blocks: normalisation, the Mamba mixer, the residual block, the loss."""
 
 from anymamba.layers.block import Block
-from anymamba.layers.linear import Linear
+from anymamba.layers.linear import Linear, StepProjection
 from anymamba.layers.loss import is_bare, linear_cross_entropy
-from anymamba.layers.mamba import MambaMixer, StepProjection
+from anymamba.layers.mamba import MambaMixer
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.quantized import QuantizedLinear, quantize
 

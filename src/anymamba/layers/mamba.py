@@ -7,19 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
-from anymamba.layers.linear import Linear
-from anymamba.ops import causal_conv1d, linear, selective_scan
+from anymamba.layers.inner import mamba_inner, takes
+from anymamba.layers.linear import Linear, StepProjection
+from anymamba.ops import causal_conv1d, selective_scan
 from anymamba.state import LayerState, places
-
-
-class StepProjection(Linear):
-    """The linear layer from rank r to the step sizes. Its bias is added inside the scan, in float32, not here.
-
-    Still a Linear that is called, so that adapters (LoRA) on it work.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
 
 
 class MambaMixer(nn.Module):
@@ -45,7 +36,14 @@ class MambaMixer(nn.Module):
         With return_states = k the LayerState holds those after every k tokens and the last: (b,p,…), p = ⌈t/k⌉.
         """
         conv_state, ssm_state = state if state is not None else (None, None)
-        x, z = self.in_proj(u).chunk(2, dim=-1)
+        xz = self.in_proj(u)
+        if return_states is None and takes(self, xz):  # the same with gradients joined, for training
+            y, *after = mamba_inner(
+                xz, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, self._A(), self.D, conv_state, ssm_state, cu_seqlens,
+            )  # fmt: skip
+            return self.out_proj(y), LayerState(*after)
+        x, z = xz.chunk(2, dim=-1)
         conv_states = None if return_states is None else self._conv_states(x, conv_state, return_states)
         x, conv_state = causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
@@ -53,14 +51,16 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         y, ssm_state, *ssm_states = selective_scan(
-            x, self.dt_proj(dt), A, B, C, self.D, z,
+            x, self.dt_proj(dt), self._A(), B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
             return_states=return_states,
         )  # fmt: skip
         after = LayerState(conv_state, ssm_state) if return_states is None else LayerState(conv_states, *ssm_states)
         return self.out_proj(y), after
+
+    def _A(self):
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def _conv_states(self, x, before, k):
         """The last w-1 of the inputs x (b,t,d) after every k tokens and the last: (b,p,d,w-1)."""

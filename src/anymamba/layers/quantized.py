@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.layers.linear import Linear
-from anymamba.layers.mamba import StepProjection
+from anymamba.layers.linear import Linear, StepProjection
 from anymamba.ops import quantized_linear
 from anymamba.reference import quantize_weight
 

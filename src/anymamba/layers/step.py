@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.layers.block import Block
-from anymamba.layers.linear import Linear
-from anymamba.layers.mamba import MambaMixer, StepProjection
+from anymamba.layers.linear import Linear, StepProjection
+from anymamba.layers.mamba import MambaMixer
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.quantized import QuantizedLinear
 
