@@ -228,7 +228,7 @@ def test_kernels_compile(case, arch, shared, compiled_by, tmp_path):
 
 
 DECODED = {
-    "usual": ({}, (1, 8, 16, 128), torch.float32),
+    "usual": ({}, (1, 8, 16, 40, 96, 128), torch.float32),
     "lower": ({}, (3, 128), torch.bfloat16),
     "few states": ({"d_state": 8, "d_conv": 1, "bias": True}, (1, 40), torch.float16),
     "many states": ({"d_state": 128, "dt_rank": 40}, (2, 40), torch.bfloat16),
@@ -236,7 +236,7 @@ DECODED = {
 
 
 @compiler
-@pytest.mark.parametrize(("arch", "shared"), [("sm_90", 227 << 10), ("sm_80", 163 << 10), ("sm_86", 99 << 10)])
+@pytest.mark.parametrize(("arch", "shared"), [("sm_90a", 227 << 10), ("sm_80", 163 << 10), ("sm_86", 99 << 10)])
 @pytest.mark.parametrize("case", DECODED)
 def test_decoding_kernels_compile(case, arch, shared, monkeypatch, tmp_path):
     changes, batches, dtype = DECODED[case]
@@ -247,6 +247,8 @@ def test_decoding_kernels_compile(case, arch, shared, monkeypatch, tmp_path):
 
     monkeypatch.setattr(cuda_decode, "load", load)
     monkeypatch.setattr(cuda_decode, "_shared_limit", lambda _: shared - 2048)
+    monkeypatch.setattr(cuda_decode, "_is_hopper", lambda _: arch == "sm_90a")
+    monkeypatch.setattr(cuda_decode, "tensor_map", lambda matrix, rows: matrix)
     config = MambaConfig(**{"d_model": 768, "n_layer": 1, "vocab_size": 1000} | changes)
     fits = cuda_decode.supports(config, torch.bfloat16, torch.device("cpu"))
     assert fits == (case != "many states" or shared > 100 << 10)
@@ -265,7 +267,7 @@ def test_decoding_kernels_compile(case, arch, shared, monkeypatch, tmp_path):
 
 def test_every_source_is_checked_and_in_the_wheel():
     sources = {path.name for path in KERNELS.glob("*.cu")}
-    scan, decode = ("", "_backward", "_pieces"), ("_product", "_step")  # as compiled above
+    scan, decode = ("", "_backward", "_pieces"), ("_product", "_step", "_wide")  # as compiled above
     assert sources == {f"cuda_scan{part}.cu" for part in scan} | {f"cuda_decode{part}.cu" for part in decode}
     wheel = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(REPO))
     shipped = {Path(file.distribution_path).name for file in wheel.recurse_included_files()}

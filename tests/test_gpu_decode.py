@@ -78,7 +78,7 @@ def kernels_of(decoder):
     return decoder._batch._kernel is not None
 
 
-@pytest.mark.parametrize("b", [1, 3, 8, 9, 16, 17, 40, 100])
+@pytest.mark.parametrize("b", [1, 3, 8, 9, 16, 17, 40, 64, 96, 100])
 @pytest.mark.parametrize("changes", [{}, {"bias": True, "conv_bias": False, "tie_embeddings": False}])
 def test_rows(b, changes):
     decoder, ours, plain = follow(config(**changes), b)

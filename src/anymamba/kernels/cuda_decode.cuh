@@ -67,3 +67,26 @@ struct Convolution {
         return silu(y);
     }
 };
+
+// The same of 8 neighbouring channels; what is loaded early is in registers.
+struct Convolution8 {
+    uint4 weights[TAPS], biases;
+
+    __device__ __forceinline__ void load(const b16* weight, const b16* bias, i64 channel) {
+#pragma unroll
+        for (int k = 0; k < TAPS; k++) weights[k] = ((const uint4*)(weight + channel * TAPS))[k];
+        biases = bias ? *(const uint4*)(bias + channel) : make_uint4(0, 0, 0, 0);
+    }
+
+    // takes x in; `last` are the inputs before, (8,w-1), and become those after
+    __device__ __forceinline__ uint4 step(uint4 (&last)[TAPS], const b16* x) {
+        __align__(16) b16 y[8];
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            Convolution one;
+            one.load((b16*)last + c * (TAPS - 1), (const b16*)weights, (const b16*)&biases, c);
+            y[c] = narrow(one.step((b16*)last + c * (TAPS - 1), x[c]));
+        }
+        return *(uint4*)y;
+    }
+};

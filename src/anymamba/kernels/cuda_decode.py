@@ -2,7 +2,8 @@
 
 Up to FEW rows a block is four kernels: in_proj with norm and convolution; x_proj; dt_proj with scan and gate; out_proj
 with the residual stream. Each starts while the one before it ends. For more rows a library multiplies the large
-matrices, and what is between stands in kernels of its own.
+matrices, and what is between stands in kernels of its own; but on Hopper up to WIDE rows, which have a product of
+their own in place of the first.
 
 Axes: b rows, m d_model, d d_inner, n d_state, r dt_rank, v padded vocabulary.
 """
@@ -13,9 +14,10 @@ import struct
 
 import torch
 
-from anymamba.kernels.cuda_launch import load
+from anymamba.kernels.cuda_launch import load, tensor_map
 
 FEW = 16
+WIDE = 96  # rows up to which Hopper's tensor cores multiply faster here than in a library
 THREADS = 256
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
@@ -34,6 +36,10 @@ def _shared_limit(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 2048  # the static part
 
 
+def _is_hopper(device):
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def product_plan(outputs: int, k: int, b: int, epilogue: int, limit: int) -> dict:
     """Tiles of 16 MT outputs and 8 NT rows; WARPS that share k, each DEPTH - 1 units of it ahead; units of a slice."""
     NT = next(NT for NT in (1, 2, 4, 8) if b <= 8 * NT or NT == 8)
@@ -48,6 +54,25 @@ def product_plan(outputs: int, k: int, b: int, epilogue: int, limit: int) -> dic
     while _product_bytes(plan) > limit:
         plan["DEPTH"] -= 1
     return plan
+
+
+def wide_plan(outputs: int, k: int, b: int, epilogue: int, limit: int) -> dict:
+    """Tiles of 64 GROUPS outputs and COLS rows; SPLIT blocks that share k; DEPTH units of 64 of it on their way."""
+    tiles, units = math.ceil(outputs / 64), k // 64
+    GROUPS = 2 if tiles * units >= 3000 else 1
+    blocks = math.ceil(tiles / GROUPS)
+    SPLIT = 1 if epilogue == LOGITS else next((n for n in (1, 2) if blocks * n >= 80), 4)  # else half the chip idles
+    COLS = next(c for c in (32, 64, 96) if b <= c)
+    plan = {"GROUPS": GROUPS, "COLS": COLS, "SPLIT": SPLIT, "DEPTH": min(8 if SPLIT == 1 else 6, units)}
+    while _wide_bytes(plan) > limit:
+        plan["DEPTH"] -= 1
+    return plan
+
+
+def _wide_bytes(plan):
+    """Of shared memory: the ring, or the sums."""
+    outputs = 64 * plan["GROUPS"]
+    return max(plan["DEPTH"] * (outputs + plan["COLS"]) * 128, plan["COLS"] * (outputs + 4) * 4)
 
 
 def _product_bytes(plan):
@@ -75,9 +100,10 @@ class Step:
     def __init__(self, blocks, embedding, norm_f, head, config, layers):
         self.config, self.layers, self.device = config, layers, embedding.device
         self.b = len(layers[0].ssm)
-        few = self.b <= FEW
+        self.wide = FEW < self.b <= WIDE and _is_hopper(self.device)
+        few = self.b <= FEW or self.wide
         small = layers[0].ssm.element_size() * config.d_state <= 32
-        self.rows = 16 if small and not few else 8  # of a block of the scan
+        self.rows = 16 if small and self.b > FEW else 8  # of a block of the scan
         self.eps = struct.unpack("<i", struct.pack("<f", config.norm_eps))[0]
         self.kept = []  # what launches point to
         m, d, n, r = config.d_model, config.d_inner, config.d_state, config.rank
@@ -130,7 +156,7 @@ class Step:
     def _out(self, block, next_norm):
         rest = (self.x.data_ptr(), 0, self._at(next_norm), 0)
         self._product(OUT, block.out_proj, self.y, block.out_bias, self.stream, rest)
-        self.shares = self.config.d_model // self.grain
+        self.shares = math.ceil(self.config.d_model / self.grain)
 
     def _out_many(self, block, next_norm):
         self.calls.append(lambda: _multiply(self.y, block.out_proj, block.out_bias, self.out))
@@ -157,6 +183,8 @@ class Step:
 
     def _product(self, epilogue, matrix, x, bias, out, rest=()):
         (outputs, k), b = matrix.shape, self.b
+        if self.wide and epilogue != PARTS:
+            return self._wide_product(epilogue, matrix, x, bias, out, rest)
         plan = self._plan(epilogue, outputs, k)
         units, shared = plan.pop("units"), _product_bytes(plan)
         self.grain = min(32, 16 * plan["MT"])
@@ -165,6 +193,19 @@ class Step:
                 self.shares, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
         grid = tuple(map(math.ceil, (outputs / (16 * plan["MT"]), k // 64 / units, b / (8 * plan["NT"]))))
         self.calls.append(lambda: kernel.launch(grid, 32 * plan["WARPS"], shared, args, overlap=True))
+
+    def _wide_product(self, epilogue, matrix, x, bias, out, rest):
+        (outputs, k), b = matrix.shape, self.b
+        plan = wide_plan(outputs, k, b, epilogue, _shared_limit(self.device))
+        shared, self.grain = _wide_bytes(plan), 64 * plan["GROUPS"]
+        kernel = self._kernel("wide", "wide_product", EPILOGUE=epilogue, TAPS=self.config.d_conv, **plan)
+        self._at(matrix)
+        maps = (self._kept(tensor_map(self.kept[-1], self.grain)), self._kept(tensor_map(x, plan["COLS"])))
+        units = math.ceil(k // 64 / plan["SPLIT"])
+        args = (*(v.data_ptr() for v in maps), outputs, k, b, units, self._at(bias), self.squares.data_ptr(),
+                self.shares, self.eps, out.data_ptr(), *rest, *(0,) * (5 - len(rest)))  # fmt: skip
+        grid = (math.ceil(outputs / self.grain), plan["SPLIT"], 1)
+        self.calls.append(lambda: kernel.launch(grid, 128 * plan["GROUPS"] + 32, shared, args, overlap=True))
 
     def _residual_norm(self, weight, add, ids=0, overlap=True):
         kernel, m = self._step_kernel("residual_norm"), self.config.d_model

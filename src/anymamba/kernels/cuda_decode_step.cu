@@ -264,21 +264,15 @@ convolution(const b16* xz, i64 b, i64 d, b16* conv, const b16* weight, const b16
     let_next_start();
     const i64 i = (blockIdx.x * (i64)THREADS + threadIdx.x) * 8, row = i / d, channel = i % d;
     if (i >= b * d) { wait_for_last(); return; }
-    __align__(16) b16 last[8 * (TAPS - 1) + 8], weights[8 * TAPS], biases[8] = {}, x[8];
+    Convolution8 eight;
+    uint4 last[TAPS], *to = (uint4*)(conv + i * (TAPS - 1));
+    __align__(16) b16 x[8];
 #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) ((uint4*)last)[k] = ((const uint4*)(conv + i * (TAPS - 1)))[k];
-#pragma unroll
-    for (int k = 0; k < TAPS; k++) ((uint4*)weights)[k] = ((const uint4*)(weight + channel * TAPS))[k];
-    if (bias) *(uint4*)biases = *(const uint4*)(bias + channel);
+    for (int k = 0; k < TAPS - 1; k++) last[k] = to[k];
+    eight.load(weight, bias, channel);
     wait_for_last();
     *(uint4*)x = *(const uint4*)(xz + row * 2 * d + channel);
+    *(uint4*)(xc + i) = eight.step(last, x);
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
-        Convolution one;
-        one.load(last + c * (TAPS - 1), weights, biases, c);
-        x[c] = narrow(one.step(last + c * (TAPS - 1), x[c]));
-    }
-#pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) ((uint4*)(conv + i * (TAPS - 1)))[k] = ((uint4*)last)[k];
-    *(uint4*)(xc + i) = *(uint4*)x;
+    for (int k = 0; k < TAPS - 1; k++) to[k] = last[k];
 }

@@ -109,7 +109,7 @@ def _arch(device):
         name, version = torch.cuda.get_device_name(device), _dotted(_nvrtc_version())
         needed = f"sm_{OLDEST} or newer, of those that NVRTC {version} knows (up to sm_{max(known)})"
         raise RuntimeError(f"{name} is sm_{major}{minor}; the kernels need {needed}")
-    return f"sm_{max(fits)}"
+    return f"sm_{max(fits)}" + ("a" if (major, minor) == (9, 0) else "")  # a: what only Hopper has, for cuda_decode_wide
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Kernel:
         # The function of this context: loaded now, where the kernel would be at a launch, which may be captured.
         self._function = _check(driver.cuKernelGetFunction(kernel), f"loading {name}")
         self._launch, attribute = driver.cuLaunchKernel, driver.CUfunction_attribute
-        self._overlaps = int(_arch(index)[3:]) >= 90
+        self._overlaps = int(_arch(index)[3:5]) >= 90
         self.registers = self._attribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS)
         self.local_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
         self.shared_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
@@ -317,6 +317,25 @@ class Kernel:
         _make_context_current(self.index)  # a thread that has not used CUDA yet has none
         _check(driver.cuFuncSetAttribute(self._function, attribute, shared), doing)
         self._shared = shared + self.shared_bytes
+
+
+def tensor_map(matrix, rows):
+    """Describes a bfloat16 matrix on a GPU, (r,c), for copies of boxes of `rows` × 64: 128 bytes, as int64 (16,) on it.
+
+    Rows lie in shared memory as tensor cores read them (128-byte swizzle); what is outside the matrix becomes 0.
+    """
+    from cuda.bindings import driver as d
+
+    size, box = [d.cuuint64_t(v) for v in reversed(matrix.shape)], [d.cuuint32_t(v) for v in (64, rows)]
+    made = _check(d.cuTensorMapEncodeTiled(
+        d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix.data_ptr(), size,
+        [d.cuuint64_t(matrix.stride(0) * 2)], box, [d.cuuint32_t(1)] * 2,
+        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    ), "describing a matrix")  # fmt: skip
+    words = b"".join(int(v).to_bytes(8, "little") for v in made.opaque)
+    return torch.frombuffer(bytearray(words), dtype=torch.int64).to(matrix.device)
 
 
 def _make_context_current(index):
