@@ -109,7 +109,8 @@ def _arch(device):
         name, version = torch.cuda.get_device_name(device), _dotted(_nvrtc_version())
         needed = f"sm_{OLDEST} or newer, of those that NVRTC {version} knows (up to sm_{max(known)})"
         raise RuntimeError(f"{name} is sm_{major}{minor}; the kernels need {needed}")
-    return f"sm_{max(fits)}" + ("a" if (major, minor) == (9, 0) else "")  # a: what only Hopper has, for cuda_decode_wide
+    own = "a" if (major, minor) == (9, 0) else ""  # what only Hopper has: cuda_decode_wide.cu needs it
+    return f"sm_{max(fits)}{own}"
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------
