@@ -32,17 +32,23 @@ CONFIGS = [
     {"bias": True, "dt_rank": 5},
     {"tie_embeddings": False, "norm_eps": 1e-3},
     {"d_model": 24, "n_layer": 3, "vocab_size": 50, "d_state": 16},
+    {"inner_norm_eps": 1e-6},
+    {"inner_norm_eps": 1e-2, "tie_embeddings": False, "dt_rank": 3, "d_state": 5, "d_conv": 3},
 ]
 
 
 def their_model(c):
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(
+    options, kind = {}, "Mamba"
+    if c.inner_norm_eps is not None:
+        options, kind = {"mixer_rms_eps": c.inner_norm_eps}, "FalconMamba"
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=c.padded_vocab_size, hidden_size=c.d_model, state_size=c.d_state, num_hidden_layers=c.n_layer,
         conv_kernel=c.d_conv, expand=c.expand, use_conv_bias=c.conv_bias, use_bias=c.bias, time_step_rank=c.rank,
         tie_word_embeddings=c.tie_embeddings, layer_norm_epsilon=c.norm_eps, residual_in_fp32=True,
+        **options,
     )  # fmt: skip
-    return transformers.MambaForCausalLM(config).eval()
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -136,6 +142,7 @@ def test_config_refuses_impossible_sizes(changes):
         ({"dt_scale": math.nan}, "a finite number > 0"),
         ({"dt_init_floor": None}, "a finite number ≥ 0"),
         ({"initializer_range": True}, "a finite number ≥ 0"),
+        ({"inner_norm_eps": 0}, "None or a finite number > 0"),
         ({"bias": 1}, "True or False"),
         ({"conv_bias": None}, "True or False"),
         ({"tie_embeddings": "no"}, "True or False"),

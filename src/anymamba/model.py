@@ -297,7 +297,10 @@ class MambaLM(nn.Module):
 
         The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
         """
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        config = self.config.to_dict()
+        if config["inner_norm_eps"] is None:  # as before this key was there, so that older states keep their model
+            del config["inner_norm_eps"]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.layers.linear import Linear
+from anymamba.layers.norm import inner_norm
 from anymamba.ops import causal_conv1d, linear, selective_scan
 from anymamba.state import LayerState, places
 
@@ -53,6 +54,8 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
+        if (eps := self.config.inner_norm_eps) is not None:
+            dt, B, C = (inner_norm(v, eps) for v in (dt, B, C))
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         y, ssm_state, *ssm_states = selective_scan(
             x, self.dt_proj(dt), A, B, C, self.D, z,
