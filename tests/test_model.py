@@ -393,7 +393,7 @@ def test_load_names_every_wrong_tensor(saved):
     with pytest.raises(AnymambaError) as error:
         MambaLM.from_pretrained(saved)
     lines = [line.strip() for line in str(error.value).splitlines()]
-    assert lines[0].endswith("model.safetensors does not hold the model that config.json beside it describes:")
+    assert lines[0] == f"the weights in {saved} are not those of the model that its config describes:"
     assert lines[1:] == [
         "missing     backbone.layers.0.mixer.D (64,)",
         "missing     backbone.norm_f.weight (32,)",
@@ -429,9 +429,11 @@ def test_load_refuses_bad_configs(saved):
             json.dumps(good | {"model": good["model"] | {"d_stat": 3}}),
             "unknown config key 'd_stat': did you mean 'd_state'?",
         ),
-        (json.dumps({"hidden_size": 3}), "is not an anymamba config (KeyError: 'model')"),
-        ("{", "is not an anymamba config (JSONDecodeError"),
-        ("[]", "is not an anymamba config (TypeError"),
+        (json.dumps({"hidden_size": 3}), 'is of no format that anymamba knows: it has no "format" (ours), no'),
+        (json.dumps({"format": "anymamba-1"}), 'has no "model", the sizes'),
+        (json.dumps(good | {"format": "anymamba-2"}), "is of format 'anymamba-2', and this version of anymamba reads"),
+        ("{", "is not JSON (JSONDecodeError"),
+        ("[]", "holds a list, but it must be an object"),
     ]:
         path.write_text(text)
         with pytest.raises(AnymambaError, match=re.escape(message)):

@@ -309,18 +309,19 @@ class MambaLM(nn.Module):
 
     # ---- files: handed over to the room above ----
 
-    def save_pretrained(self, folder) -> None:
-        """Write `model.safetensors` and `config.json` to a folder; see `anymamba.checkpoint.save`."""
+    def save_pretrained(self, folder, format: str = "native") -> None:
+        """Write a folder in the format "native", "hf" or "state-spaces"; see `anymamba.checkpoint.save`."""
         from anymamba.checkpoint import save
 
-        save(self, folder)
+        save(self, folder, format)
 
     @classmethod
-    def from_pretrained(cls, folder, *, device=None, dtype: torch.dtype | None = None) -> "MambaLM":
-        """Load a model from a folder; see `anymamba.checkpoint.load`."""
+    def from_pretrained(cls, name_or_path, *, device=None, dtype: torch.dtype | None = None,
+                        quantize: str | None = None, revision: str | None = None) -> "MambaLM":  # fmt: skip
+        """Load a model: a folder of ours or others, or a name on the hub; see `anymamba.checkpoint.load`."""
         from anymamba.checkpoint import load
 
-        return load(folder, device=device, dtype=dtype)
+        return load(name_or_path, device=device, dtype=dtype, quantize=quantize, revision=revision)
 
 
 def _uniform(p, bound):
