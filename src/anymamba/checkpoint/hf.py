@@ -92,7 +92,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield EMBEDDING if name == THEIR_EMBEDDING else name, v
 
 
-def save(model: MambaLM, path: Path, *, eos_token_id: int | None = None) -> None:
+def save(model: MambaLM, path: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads; each file atomically.
 
     Raises AnymambaError for a model without vocabulary.
@@ -105,11 +105,13 @@ def save(model: MambaLM, path: Path, *, eos_token_id: int | None = None) -> None
     settings = {"architectures": [KINDS[kind]], "model_type": kind}
     settings |= {theirs: ours[name] for name, (theirs, _) in NAMES.items()}
     settings |= {"expand": c.expand, "intermediate_size": c.d_inner, "hidden_act": "silu", "residual_in_fp32": True,
-                 "pad_vocab_size_multiple": c.pad_vocab_size_multiple, UNPADDED: c.vocab_size,
-                 "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None,
+                 "pad_vocab_size_multiple": c.pad_vocab_size_multiple,
+                 "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
                  "dtype": str(model.backbone.embedding.weight.dtype).removeprefix("torch.")}  # fmt: skip
     if c.inner_norm_eps is not None:
         settings["mixer_rms_eps"] = c.inner_norm_eps
+    if c.vocab_size != c.padded_vocab_size:
+        settings[UNPADDED] = c.vocab_size
     state = model.state_dict()
     state[THEIR_EMBEDDING] = state.pop(EMBEDDING)
     if c.tie_embeddings:

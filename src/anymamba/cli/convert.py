@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
     if options.to == "hf" and "tokenizer.json" in names:
         _tell_transformers(out)
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".bin"))
-    print(f"{model.num_params():,} parameters, {size / 1e6:,.1f} MB in {out}; read in {loaded - begin:.1f} s, written in "
-          f"{time.perf_counter() - loaded:.1f} s")  # fmt: skip
+    print(f"{model.num_params():,} parameters, {size / 1e6:,.1f} MB in {out}")
+    print(f"time        read in {loaded - begin:.1f} s, written in {time.perf_counter() - loaded:.1f} s")
     print(f"tokenizer   {', '.join(names) or 'none beside the model'}")
     return 0
 

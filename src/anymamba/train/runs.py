@@ -10,7 +10,6 @@ from anymamba.data import TokenData, Tokenizer, load_tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
 
-
 PADDING = 128  # the most by which vocabularies are usually rounded up
 
 
