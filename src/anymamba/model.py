@@ -41,7 +41,9 @@ class Backbone(nn.Module):
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         if config.vocab_size is not None:
-            self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **kw)
+            size = config.padded_vocab_size, config.d_model
+            unfilled = torch.empty(*size, **kw) if torch.empty(0, device=device).is_meta else None
+            self.embedding = nn.Embedding(*size, _weight=unfilled, **kw)  # random numbers on meta take torch a second
         self.layers = nn.ModuleList(Block(config, **kw) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, **kw)
 
@@ -242,7 +244,7 @@ class MambaLM(nn.Module):
         | biases of in_proj, out_proj | 0 |
         """
         config = self.config
-        for module in self.modules():
+        for module in () if self.device.type == "meta" else self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Embedding):

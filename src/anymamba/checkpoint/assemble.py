@@ -37,7 +37,8 @@ def assemble(config: MambaConfig, tensors: Iterable[tuple[str, Tensor]], where: 
         if problem := _problem(name, v, shapes, found):
             wrong.append(problem)
         elif not wrong:
-            v = v.to(device=device, dtype=torch.promote_types(want, torch.float32) if name in exact else want)
+            want = torch.promote_types(want, torch.float32) if name in exact else want
+            v = torch.empty(v.shape, dtype=want, device=device).copy_(v)  # ours, contiguous: files are mapped
             if own in state and not torch.equal(state[own], v):
                 wrong.append(("untied", f"{HEAD} is not {EMBEDDING}, but the config says that they are one"))
             state.setdefault(own, v)

@@ -1,10 +1,11 @@
 """What model folders have in common: `config.json`, and weights in safetensors or a torch .bin, perhaps in shards."""
 
 import json
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,22 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything stored, as it is stored, each in memory of its own.
+    """Name and tensor of everything stored, as it is stored, each a view of a mapped file: to be copied.
 
-    Within a file the largest come first: while one is converted it is there twice, and that costs nothing as long as
-    the others are still to come. Raises AnymambaError for a file that is missing, damaged, or more than tensors.
+    What was read of a mapped file counts as memory until nothing refers to it, so it is mapped again and again. The
+    largest come first: while one is converted it is there twice, and that costs nothing as long as the others are
+    still to come. Raises AnymambaError for a file that is missing, damaged, or more than tensors.
     """
-    for path in weight_files(folder):
-        yield from _read_bin(path) if path.suffix == ".bin" else _read_safetensors(path)
+    files = {path: _open(path)[1] for path in weight_files(folder)}
+    for path in sorted(files, key=lambda path: max(files[path].values(), default=0), reverse=True):
+        (get, sizes), most, touched = _open(path), max(1 << 24, path.stat().st_size // 32), 0
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            if touched > most:
+                (get, _), touched = _open(path), 0
+            v = get(name)
+            touched += v.nbytes
+            yield name, v
+            v = None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -93,35 +103,24 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _open(path: Path) -> tuple[Callable[[str], Tensor], dict[str, int]]:
+    """What gives a tensor by its name, and how many elements each has."""
+    return _open_bin(path) if path.suffix == ".bin" else _open_safetensors(path)
+
+
+def _open_safetensors(path: Path) -> tuple[Callable[[str], Tensor], dict[str, int]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # read, not mapped: pages of a mapped file count as memory, and a file that changes would end the process
-        with safe_open(path, framework="pt", backend="pread") as file:
-            sizes = {name: torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()}  # noqa: SIM118
-            for name in _largest_first(sizes):
-                yield name, file.get_tensor(name)
+        file = safe_open(path, framework="pt")
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
+    return file.get_tensor, sizes
 
 
-def _read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
-    tensors = _mapped(path)
-    sizes, touched, most = {name: v.numel() for name, v in tensors.items()}, 0, max(1 << 24, path.stat().st_size // 64)
-    for name in _largest_first(sizes):
-        if touched > most:  # what was read of a mapped file counts as memory until it is unmapped
-            tensors, touched = _mapped(path), 0
-        yield name, tensors[name].clone(memory_format=torch.contiguous_format)
-        touched += tensors[name].nbytes
-
-
-def _largest_first(sizes: Mapping[str, int]) -> list[str]:
-    return sorted(sizes, key=sizes.__getitem__, reverse=True)
-
-
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """A file of `torch.save`, mapped. Nothing in it is executed."""
+def _open_bin(path: Path) -> tuple[Callable[[str], Tensor], dict[str, int]]:
+    """A file of `torch.save`. Nothing in it is executed."""
     if not zipfile.is_zipfile(path):
         raise AnymambaError(f"{path} is cut short, or is not what torch.save writes since torch 1.6: copy it again, or "
                             "load and save it with torch")  # fmt: skip
@@ -135,7 +134,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from None
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise AnymambaError(f"{path} is not a dictionary of tensors: save model.state_dict() alone, with torch.save")
-    return tensors
+    return tensors.__getitem__, {name: v.numel() for name, v in tensors.items()}
 
 
 def _damaged(path, error):

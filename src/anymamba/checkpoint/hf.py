@@ -113,8 +113,7 @@ def save(model: MambaLM, path: Path) -> None:
     if c.vocab_size != c.padded_vocab_size:
         settings[UNPADDED] = c.vocab_size
     state = model.state_dict()
-    state[THEIR_EMBEDDING] = state.pop(EMBEDDING)
     if c.tie_embeddings:
         del state[HEAD]
-    write_safetensors(path, state)
+    write_safetensors(path, {THEIR_EMBEDDING if name == EMBEDDING else name: v for name, v in state.items()})
     write_settings(path, settings)
