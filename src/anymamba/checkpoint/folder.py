@@ -63,7 +63,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     files = {path: _open(path)[1] for path in weight_files(folder)}
     for path in sorted(files, key=lambda path: max(files[path].values(), default=0), reverse=True):
-        (get, sizes), most, touched = _open(path), max(1 << 24, path.stat().st_size // 32), 0
+        (get, sizes), most, touched = _open(path), max(1 << 20, path.stat().st_size // 32), 0
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
             if touched > most:
                 (get, _), touched = _open(path), 0
