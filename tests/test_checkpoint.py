@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from anymamba import AnymambaError, MambaConfig, MambaLM, checkpoint
 from anymamba.checkpoint import folder as folders
 from anymamba.checkpoint.state_spaces import SSM_DEFAULTS
+from anymamba.cli.generate import DEFAULT_MODEL
+from anymamba.data import ByteTokenizer, load_tokenizer
 from anymamba.generate import SamplingConfig, generate
 from conftest import run_python
 from test_model import CONFIGS, their_model
@@ -72,9 +74,10 @@ def test_theirs_to_ours_and_back(changes, tmp_path):
     assert float(logits(theirs).abs().max()) > 1
     assert float((logits(ours) - logits(theirs)).abs().max()) <= 1e-4
     prompt = IDS[:1, :5]
-    want = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     done = generate(ours, prompt.tolist(), max_new_tokens=64, sampling=SamplingConfig(temperature=0))
-    assert list(done[0].ids) == want[0, 5:].tolist()
+    with torch.no_grad():  # they would choose each of our tokens after those before it
+        chosen = theirs(torch.tensor([prompt.tolist()[0] + list(done[0].ids)])).logits[0].argmax(-1)
+    assert chosen[4:-1].tolist() == list(done[0].ids)
 
     ours.save_pretrained(tmp_path / "back", "hf")
     same_tensors(from_files(tmp_path / "back"), from_files(tmp_path / "theirs"))
@@ -441,6 +444,25 @@ def test_convert(tmp_path, command, hf):
     same_tensors(from_files(out), from_files(hf))
     assert json.loads((source / "config.json").read_text())["eos_token_id"] == 22
     assert command("warmup", "--config", source, "--device", "cpu", "--dtype", "fp32")[0] == 0
+
+
+def test_a_model_of_bytes_for_transformers(tmp_path, command):
+    """The model of the package: transformers reads and writes the same bytes, and goes on as we do."""
+    transformers = pytest.importorskip("transformers")
+    assert command("convert", DEFAULT_MODEL, tmp_path, "--to", "hf", "--dtype", "float32")[0] == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("It was état 日本 🎉\r\n\t \0\x7f\xa0\xad don't  stop", "".join(map(chr, range(1, 300)))):
+        ids = ByteTokenizer().encode(text).tolist()
+        assert tokenizer(text).input_ids == ids
+        assert tokenizer.decode(ids) == text
+        assert load_tokenizer(tmp_path).encode(text).tolist() == ids
+    assert load_tokenizer(tmp_path).decode([97, 256]) == "a"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id == 256
+    ids = tokenizer("It was a dark", return_tensors="pt").input_ids
+    ours = MambaLM.from_pretrained(DEFAULT_MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        assert float((theirs(ids).logits - ours(ids).logits).abs().max()) <= 1e-3
 
 
 def test_convert_refuses(tmp_path, command, hf):

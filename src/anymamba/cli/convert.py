@@ -12,7 +12,8 @@ from tyro.conf import Positional, arg
 
 from anymamba import checkpoint
 from anymamba.checkpoint.hub import TOKENIZER_FILES
-from anymamba.data import load_tokenizer
+from anymamba.data import ByteTokenizer, load_tokenizer
+from anymamba.data.byte_level import byte_level_tokenizer
 from anymamba.errors import AnymambaError
 
 DESCRIPTION = """Write a model in another format, for other software or for less room; its tokenizer travels along.
@@ -64,7 +65,9 @@ def _copy_tokenizer(source: Path, out: Path) -> list[str]:
 
 
 def _tell_transformers(out: Path) -> None:
-    """Which token ends a text goes into the config, if the folder has no generation_config.json to say so."""
-    settings = checkpoint.folder.read_settings(out)
-    settings["eos_token_id"] = load_tokenizer(out).eos_id
+    """What transformers expects: a tokenizer.json of its own kind, and in the config which token ends a text."""
+    tokenizer, settings = load_tokenizer(out), checkpoint.folder.read_settings(out)
+    if isinstance(tokenizer, ByteTokenizer):
+        byte_level_tokenizer().save(str(out / "tokenizer.json"))
+    settings["eos_token_id"] = tokenizer.eos_id
     checkpoint.folder.write_settings(out, settings)
