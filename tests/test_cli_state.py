@@ -349,7 +349,7 @@ def test_bad_state_files(command, spoiled, folder, arguments):
     assert "is not a readable state file" in refused(command, *arguments, spoiled / "short")
     assert "is not a readable state file" in refused(command, *arguments, spoiled / "text")
     weights = "run/model.safetensors"
-    assert "is not an anymamba state: it says 'no anymamba format'" in refused(command, *arguments, weights)
+    assert "is not an anymamba state: it says 'pt', expected" in refused(command, *arguments, weights)
     if arguments[-1] != "info":
         assert "is the state of another model" in refused(command, *arguments, spoiled / "other")
         assert "holds the states of 2 texts; save one of them" in refused(command, *arguments, spoiled / "two")

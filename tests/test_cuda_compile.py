@@ -252,6 +252,7 @@ def test_decoding_kernels_compile(case, arch, shared, monkeypatch, tmp_path):
     config = MambaConfig(**{"d_model": 768, "n_layer": 1, "vocab_size": 1000} | changes)
     fits = cuda_decode.supports(config, torch.bfloat16, torch.device("cpu"))
     assert fits == (case != "many states" or shared > 100 << 10)
+    assert not cuda_decode.supports(config.replace(inner_norm_eps=1e-6), torch.bfloat16, torch.device("cpu"))
     if not fits:
         return
     model = MambaLM(config).bfloat16()

@@ -23,6 +23,7 @@ CONFIGS = {
                        tie_embeddings=False),
     "no past": MambaConfig(vocab_size=8, d_model=40, n_layer=1, d_state=19, d_conv=1, conv_bias=False),
     "one of all": MambaConfig(vocab_size=3, d_model=1, n_layer=2, d_state=1, d_conv=2, expand=1),
+    "inner norms": MambaConfig(vocab_size=45, d_model=9, n_layer=2, d_state=17, dt_rank=19, inner_norm_eps=1e-3),
     "wide": MambaConfig(vocab_size=130, d_model=50, n_layer=1, d_state=33, d_conv=20),
 }  # fmt: skip
 GREEDY = SamplingConfig(temperature=0)

@@ -32,17 +32,23 @@ CONFIGS = [
     {"bias": True, "dt_rank": 5},
     {"tie_embeddings": False, "norm_eps": 1e-3},
     {"d_model": 24, "n_layer": 3, "vocab_size": 50, "d_state": 16},
+    {"inner_norm_eps": 1e-6},
+    {"inner_norm_eps": 1e-2, "tie_embeddings": False, "dt_rank": 3, "d_state": 5, "d_conv": 3},
 ]
 
 
 def their_model(c):
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(
+    options, kind = {}, "Mamba"
+    if c.inner_norm_eps is not None:
+        options, kind = {"mixer_rms_eps": c.inner_norm_eps}, "FalconMamba"
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=c.padded_vocab_size, hidden_size=c.d_model, state_size=c.d_state, num_hidden_layers=c.n_layer,
         conv_kernel=c.d_conv, expand=c.expand, use_conv_bias=c.conv_bias, use_bias=c.bias, time_step_rank=c.rank,
         tie_word_embeddings=c.tie_embeddings, layer_norm_epsilon=c.norm_eps, residual_in_fp32=True,
+        **options,
     )  # fmt: skip
-    return transformers.MambaForCausalLM(config).eval()
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -136,6 +142,7 @@ def test_config_refuses_impossible_sizes(changes):
         ({"dt_scale": math.nan}, "a finite number > 0"),
         ({"dt_init_floor": None}, "a finite number ≥ 0"),
         ({"initializer_range": True}, "a finite number ≥ 0"),
+        ({"inner_norm_eps": 0}, "None or a finite number > 0"),
         ({"bias": 1}, "True or False"),
         ({"conv_bias": None}, "True or False"),
         ({"tie_embeddings": "no"}, "True or False"),
@@ -386,7 +393,7 @@ def test_load_names_every_wrong_tensor(saved):
     with pytest.raises(AnymambaError) as error:
         MambaLM.from_pretrained(saved)
     lines = [line.strip() for line in str(error.value).splitlines()]
-    assert lines[0].endswith("model.safetensors does not hold the model that config.json beside it describes:")
+    assert lines[0] == f"the weights in {saved} are not those of the model that its config describes:"
     assert lines[1:] == [
         "missing     backbone.layers.0.mixer.D (64,)",
         "missing     backbone.norm_f.weight (32,)",
@@ -422,9 +429,11 @@ def test_load_refuses_bad_configs(saved):
             json.dumps(good | {"model": good["model"] | {"d_stat": 3}}),
             "unknown config key 'd_stat': did you mean 'd_state'?",
         ),
-        (json.dumps({"hidden_size": 3}), "is not an anymamba config (KeyError: 'model')"),
-        ("{", "is not an anymamba config (JSONDecodeError"),
-        ("[]", "is not an anymamba config (TypeError"),
+        (json.dumps({"hidden_size": 3}), 'is of no format that anymamba knows: it has no "format" (ours), no'),
+        (json.dumps({"format": "anymamba-1"}), 'has no "model", the sizes'),
+        (json.dumps(good | {"format": "anymamba-2"}), "is of format 'anymamba-2', and this version of anymamba reads"),
+        ("{", "is not JSON (JSONDecodeError"),
+        ("[]", "holds a list, but it must be an object"),
     ]:
         path.write_text(text)
         with pytest.raises(AnymambaError, match=re.escape(message)):

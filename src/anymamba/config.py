@@ -30,6 +30,7 @@ class MambaConfig:
     conv_bias: bool = True
     bias: bool = False  # of in_proj and out_proj
     norm_eps: float = 1e-5
+    inner_norm_eps: float | None = None  # of norms on dt, B and C, without weights, as in Falcon-Mamba; None: no norms
     tie_embeddings: bool = True  # head = embedding
     pad_vocab_size_multiple: int = 8
     dt_min: float = 1e-3  # initial step sizes Δ are log-uniform in [dt_min, dt_max] …
@@ -48,6 +49,8 @@ class MambaConfig:
             _require(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
         for name in ("norm_eps", "dt_min", "dt_max", "dt_scale"):
             _require(name, getattr(self, name), "a finite number > 0", lambda v: _is_number(v) and v > 0)
+        _require("inner_norm_eps", self.inner_norm_eps, "None or a finite number > 0",
+                 lambda v: v is None or (_is_number(v) and v > 0))  # fmt: skip
         for name in ("dt_init_floor", "initializer_range"):
             _require(name, getattr(self, name), "a finite number ≥ 0", lambda v: _is_number(v) and v >= 0)
         _require("dt_max", self.dt_max, f"at least dt_min={self.dt_min}", lambda v: v >= self.dt_min)

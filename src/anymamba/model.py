@@ -41,7 +41,9 @@ class Backbone(nn.Module):
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         if config.vocab_size is not None:
-            self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **kw)
+            size = config.padded_vocab_size, config.d_model
+            unfilled = torch.empty(*size, **kw) if torch.empty(0, device=device).is_meta else None
+            self.embedding = nn.Embedding(*size, _weight=unfilled, **kw)  # random numbers on meta take torch a second
         self.layers = nn.ModuleList(Block(config, **kw) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, **kw)
 
@@ -242,7 +244,7 @@ class MambaLM(nn.Module):
         | biases of in_proj, out_proj | 0 |
         """
         config = self.config
-        for module in self.modules():
+        for module in () if self.device.type == "meta" else self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Embedding):
@@ -297,7 +299,10 @@ class MambaLM(nn.Module):
 
         The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
         """
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        config = self.config.to_dict()
+        if config["inner_norm_eps"] is None:  # as before this key was there, so that older states keep their model
+            del config["inner_norm_eps"]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
@@ -306,18 +311,19 @@ class MambaLM(nn.Module):
 
     # ---- files: handed over to the room above ----
 
-    def save_pretrained(self, folder) -> None:
-        """Write `model.safetensors` and `config.json` to a folder; see `anymamba.checkpoint.save`."""
+    def save_pretrained(self, folder, format: str = "native") -> None:
+        """Write a folder in the format "native", "hf" or "state-spaces"; see `anymamba.checkpoint.save`."""
         from anymamba.checkpoint import save
 
-        save(self, folder)
+        save(self, folder, format)
 
     @classmethod
-    def from_pretrained(cls, folder, *, device=None, dtype: torch.dtype | None = None) -> "MambaLM":
-        """Load a model from a folder; see `anymamba.checkpoint.load`."""
+    def from_pretrained(cls, name_or_path, *, device=None, dtype: torch.dtype | None = None,
+                        quantize: str | None = None, revision: str | None = None) -> "MambaLM":  # fmt: skip
+        """Load a model: a folder of ours or others, or a name on the hub; see `anymamba.checkpoint.load`."""
         from anymamba.checkpoint import load
 
-        return load(folder, device=device, dtype=dtype)
+        return load(name_or_path, device=device, dtype=dtype, quantize=quantize, revision=revision)
 
 
 def _uniform(p, bound):

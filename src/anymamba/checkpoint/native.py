@@ -1,86 +1,44 @@
 """A model as a folder: `model.safetensors` and `config.json`. Nothing is pickled."""
 
-import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from anymamba.checkpoint.assemble import HEAD
+from anymamba.checkpoint.folder import CONFIG, peek, read_settings, read_tensors, write_safetensors, write_settings
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.files import write_atomically
-from anymamba.layers import QuantizedLinear
 from anymamba.model import MambaLM
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = "anymamba-1"
 
 
-def save(model: MambaLM, folder: str | os.PathLike) -> None:
-    """Write the model's weights and config to a folder, made if missing; each file atomically.
+def matches(path: Path) -> bool:
+    """Whether `config.json` says that it is ours."""
+    return str(peek(path).get("format", "")).startswith("anymamba-")
 
-    Raises AnymambaError if the folder cannot be written, the disk is full, or the model is quantised; files that were
-    there stay whole.
-    """
-    from safetensors.torch import save_file
 
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise AnymambaError("a quantised model cannot be saved: save the model that it was made from, and quantise "
-                            "after loading, anymamba.quantize(MambaLM.from_pretrained(folder))")  # fmt: skip
+def read_config(path: Path) -> MambaConfig:
+    """Raises AnymambaError for a config of a newer version, without sizes, or with unknown keys."""
+    settings = read_settings(path)
+    if settings["format"] != FORMAT:
+        raise AnymambaError(f"{path / CONFIG} is of format {settings['format']!r}, and this version of anymamba reads "
+                            f"{FORMAT!r}: update anymamba")  # fmt: skip
+    if not isinstance(settings.get("model"), dict):
+        raise AnymambaError(f'{path / CONFIG} has no "model", the sizes; copy or save it again')
+    return MambaConfig.from_dict(settings["model"])
 
-    folder = Path(folder)
-    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+
+def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """See `folder.read_tensors`."""
+    return read_tensors(path)
+
+
+def save(model: MambaLM, path: Path) -> None:
+    """Write a folder, made if missing; each file atomically."""
+    state = model.state_dict()
     if model.config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)  # it is the embedding
-    text = json.dumps({"format": "anymamba-1", "model": model.config.to_dict()}, indent=2)
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-
-
-def load_config(folder: str | os.PathLike) -> MambaConfig:
-    """The config in a folder. Raises AnymambaError if it is missing, not JSON, or has unknown keys."""
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise AnymambaError(f"no {CONFIG} in {folder}: a model folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        values = json.loads(path.read_text())["model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AnymambaError(f"{path} is not an anymamba config ({type(error).__name__}: {error})") from None
-    return MambaConfig.from_dict(values)
-
-
-def load(folder: str | os.PathLike, *, device=None, dtype: torch.dtype | None = None) -> MambaLM:
-    """The model in a folder, in the stored dtype or `dtype` (A_log, D and step biases stay float32).
-
-    Raises AnymambaError, naming every tensor, if one is missing, unexpected or misshapen, or if a file is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config, path = load_config(folder), Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise AnymambaError(f"no {WEIGHTS} in {folder}: a model folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        tensors = load_file(path, device=str(device or "cpu"))
-    except (SafetensorError, OSError) as error:
-        raise AnymambaError(f"{path} is damaged or cut short ({error}); copy or save it again") from None
-    with torch.device("meta"):
-        model = MambaLM(config)
-    if config.tie_embeddings and config.vocab_size is not None and "backbone.embedding.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])
-    _check_names(path, model.state_dict(), tensors)
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    return model.to(dtype=dtype) if dtype is not None else model
-
-
-def _check_names(path, expected, found):
-    problems = [f"missing     {k} {tuple(expected[k].shape)}" for k in expected if k not in found]
-    problems += [f"unexpected  {k} {tuple(found[k].shape)}" for k in found if k not in expected]
-    problems += [
-        f"misshapen   {k} {tuple(found[k].shape)}, the config says {tuple(expected[k].shape)}"
-        for k in expected
-        if k in found and found[k].shape != expected[k].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise AnymambaError(f"{path} does not hold the model that {CONFIG} beside it describes:\n  {shown}")
+        state.pop(HEAD, None)  # it is the embedding
+    write_safetensors(path, state)
+    write_settings(path, {"format": FORMAT, "model": model.config.to_dict()})

@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model, or talk to it (--interactive)",
     "state": "read text of any length once into a state file, and see what is in one",
     "eval": "loss, perplexity and bits per byte of a model on a file",
+    "convert": "write a model in another format: for transformers, for mamba-ssm, or ours",
     "tokenizer": "train a BPE tokenizer on your text",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",
     "warmup": "compile the kernels of a model ahead of time",

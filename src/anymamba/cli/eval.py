@@ -28,7 +28,7 @@ examples:
 
 @dataclass
 class Options:
-    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model
+    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model, or a hub name
     data: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE …")]  # files and folders
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
     tokenizer: str | None = None  # the run's own if none

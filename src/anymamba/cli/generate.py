@@ -39,7 +39,7 @@ examples:
 
 @dataclass
 class Options:
-    run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # folder of a run or model; a small one if none
+    run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # run, model or hub name; a small one if none
     prompt: str | None = (
         None  # text to continue; - reads standard input; without one the model begins a text, or goes on with --state
     )

@@ -55,7 +55,7 @@ TOGETHER = 1 << 16  # tokens gathered before they are read: short documents one 
 
 @dataclass
 class ReadOptions:
-    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model
+    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model, or a hub name
     data: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE …")]  # files and folders
     out: Annotated[str, arg(aliases=["-o"])]  # state file to write
     state: str | None = None  # go on from this state file

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from anymamba import ops
-from anymamba.checkpoint.native import load_config
+from anymamba.checkpoint import load_config
 from anymamba.cli.doctor import kernels
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
@@ -32,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Options:
     preset: str = "130m"  # sizes of the model: tiny, small, 130m, 370m, 790m, 1.4b, 2.8b
-    config: str | None = None  # in place of a preset: the folder of a model or run
+    config: str | None = None  # in place of a preset: a model or run
     device: str = "auto"  # cpu, cuda, or auto: a GPU if there are kernels for it
     dtype: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")  # what activations are computed in
     batch_size: int = 1
@@ -45,8 +44,7 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="anymamba warmup", args=argv, description=DESCRIPTION)
     device = choose_device(options.device)
     if options.config is not None:
-        path = Path(options.config)
-        config = load_config(path.parent if path.name == "config.json" else path)
+        config = load_config(options.config)
     else:
         config = MambaConfig.preset(options.preset)
     seqlen = options.seqlen if options.seqlen is not None else 64 if device.type == "cpu" else 2048

@@ -25,6 +25,8 @@ PARTS, IN, OUT, LOGITS = range(4)  # what `product` does with its sums
 
 def supports(config, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels decode a model of this config and dtype on this device."""
+    if config.inner_norm_eps is not None:
+        return False
     sizes = config.d_model % 64 == 0 and config.d_inner % 64 == 0 and config.rank % 8 == 0
     if dtype != torch.bfloat16 or not sizes or config.d_state not in (8, 16, 32, 64, 128) or config.rank > 512:
         return False

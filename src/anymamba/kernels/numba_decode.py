@@ -169,20 +169,35 @@ def _x_proj(p, weight, counters):
 
 
 @njit
-def _scan(p, q, weight, h, counters, s, u, acc):
+def _normed_parts(projected, rows, r, n, eps, out):
+    """dt, B and C of every row, (b,r+2n), each normed without a weight: each thread makes its own, as in `_normed`."""
+    for row in range(rows):
+        at = row * (r + 2 * n)
+        for first, count in ((at, r), (at + r, n), (at + r + n, n)):
+            squares = add_and_square(projected, projected, out, first, count, False)
+            by = np.float32(1 / np.sqrt(squares / count + eps))
+            for i in range(first, first + count):
+                out[i] *= by
+
+
+@njit
+def _scan(p, q, weight, h, counters, s, u, acc, parts):
     """Step sizes, states and y (b,d), gated."""
     rows, d, n, r, width = p[ROWS], p[D_INNER], p[D_STATE], p[DT_RANK], p[DT_RANK] + 2 * p[D_STATE]
     share = _share(d, p[THREADS], LANES)
     items = -(-d // share)
-    projected, xz, dt, y = pointer(p[PROJECTED], F32), pointer(p[XZ], F32), pointer(p[DT], F32), pointer(p[Y], F32)
+    xz, dt, y, eps = pointer(p[XZ], F32), pointer(p[DT], F32), pointer(p[Y], F32), pointer(p[EPS], F64)[1]
     A, D, bias = pointer(q[A_MATRIX], F32), pointer(q[D_SKIP], F32), pointer(q[DT_BIAS], F32)
     done, item = 0, next_item(counters)
+    if eps > 0 and item < items:
+        _normed_parts(pointer(p[PROJECTED], F32), rows, r, n, eps, parts)
+    projected = np.int64(parts.ctypes.data) if eps > 0 else p[PROJECTED]
     while item < items:
         first, last = item * share, min((item + 1) * share, d)
-        _products(projected, 0, width, weight, r, first, last, rows, dt, d)
+        _products(pointer(projected, F32), 0, width, weight, r, first, last, rows, dt, d)
         for row in range(rows):
-            B, x = pointer(p[PROJECTED] + 4 * (row * width + r), F32), row * 2 * d
-            C = pointer(p[PROJECTED] + 4 * (row * width + r + n), F32)
+            B, x = pointer(projected + 4 * (row * width + r), F32), row * 2 * d
+            C = pointer(projected + 4 * (row * width + r + n), F32)
             for c in range(first, last, LANES):
                 count = min(LANES, last - c)
                 step_inputs(xz, dt, x, row * d, bias, True, c, count, True, s, u)
@@ -232,13 +247,14 @@ def decode_step(dtypes):
 
     def kernel(p):
         u, past = np.empty(p[ROWS] * p[D_MODEL], np.float32), np.empty(MOST * p[D_CONV] + LANES, np.float32)
+        parts = np.empty(p[ROWS] * (p[DT_RANK] + 2 * p[D_STATE]), np.float32)
         s, su, acc = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for layer in range(p[LAYERS]):
             q, at = pointer(p[PLAN] + 8 * layer * FIELDS, I64), p[COUNTERS] + 8 * layer * PHASES * PHASE
             conv, ssm = pointer(q[CONV_STATE], conv_type), pointer(q[SSM_STATE], ssm_type)
             _in_proj(p, q, _matrix(q, IN_PROJ, in_type), conv, pointer(at, I64), u, past)
             _x_proj(p, _matrix(q, X_PROJ, x_type), pointer(at + 8 * PHASE, I64))
-            _scan(p, q, _matrix(q, DT_PROJ, dt_type), ssm, pointer(at + 16 * PHASE, I64), s, su, acc)
+            _scan(p, q, _matrix(q, DT_PROJ, dt_type), ssm, pointer(at + 16 * PHASE, I64), s, su, acc, parts)
             _out_proj(p, q, _matrix(q, OUT_PROJ, out_type), pointer(at + 24 * PHASE, I64))
         _head(p, _matrix(p, HEAD, head_type), pointer(p[COUNTERS] + 8 * p[LAYERS] * PHASES * PHASE, I64), u)
 
@@ -273,7 +289,7 @@ class Step:
         plan = torch.tensor([[*map(address, own), *(address(v) for matrix in four for v in matrix)]
                              for own, four in zip(vectors, matrices, strict=True)])  # fmt: skip
         between = [torch.empty(rows, k) for k in (2 * d, r + 2 * n, d, d, m)]  # xz, projected, dt, y, mixed
-        norm_f, eps = norm_f.float(), torch.tensor(config.norm_eps, dtype=torch.float64)
+        norm_f, eps = norm_f.float(), torch.tensor([config.norm_eps, config.inner_norm_eps or 0], dtype=torch.float64)
         self.kept = [matrices, vectors, head, plan, between, norm_f, eps]  # the kernel has their addresses only
         self.params = [
             address(plan), len(blocks), rows, m, d, n, r, config.d_conv, *map(address, (self.residual, *between)),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from anymamba.config import MambaConfig
 from anymamba.layers.inner import mamba_inner, takes
 from anymamba.layers.linear import Linear, StepProjection
+from anymamba.layers.norm import inner_norm
 from anymamba.ops import causal_conv1d, selective_scan
 from anymamba.state import LayerState, places
 
@@ -51,6 +52,8 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
         # what makes it selective: step size, input and output matrices depend on the input
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
+        if (eps := self.config.inner_norm_eps) is not None:
+            dt, B, C = (inner_norm(v, eps) for v in (dt, B, C))
         y, ssm_state, *ssm_states = selective_scan(
             x, self.dt_proj(dt), self._A(), B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,

@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.ops import add_rms_norm
@@ -8,6 +9,13 @@ def compute_dtype(device_type: str, default: torch.dtype) -> torch.dtype:
     """The dtype that autocast asks for on such a device, or `default` outside of it."""
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else default
+
+
+def inner_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last axis, without a weight: what Falcon-Mamba (arXiv 2410.05355, section 3)
+    does to dt, B and C. Computed in at least float32, returned in the dtype of x."""
+    real = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(real), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -10,18 +10,24 @@ from anymamba.data import TokenData, Tokenizer, load_tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
 
+PADDING = 128  # the most by which vocabularies are usually rounded up
+
 
 def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[MambaLM, Tokenizer]:
-    """The model in the folder of a run, and its tokenizer, or the one that `tokenizer` names.
+    """The model of a run, or any that `checkpoint.load` takes, and its tokenizer, or the one that `tokenizer` names.
 
     Raises AnymambaError if either is missing or damaged, or if they do not belong together.
     """
-    model, tokens = checkpoint.load(run), load_tokenizer(tokenizer or run)
-    known, multiple = model.config.vocab_size or 0, model.config.pad_vocab_size_multiple
-    if -(-tokens.vocab_size // multiple) * multiple != model.config.padded_vocab_size:
+    path = checkpoint.locate(run)
+    model, tokens = checkpoint.load(path), load_tokenizer(tokenizer or path)
+    config = model.config
+    spare = config.padded_vocab_size - tokens.vocab_size
+    rounded = config.pad_vocab_size_multiple
+    most = rounded if rounded > 1 else PADDING  # not every config says how its vocabulary was rounded up
+    if spare < 0 or (spare >= most and tokenizer is not None):
         raise AnymambaError(
-            f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows {known}: "
-            "give the model's own with --tokenizer"
+            f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows "
+            f"{config.vocab_size or 0}: give the model's own with --tokenizer"
         )
     return model, tokens
 
