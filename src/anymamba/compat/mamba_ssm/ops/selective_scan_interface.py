@@ -94,7 +94,7 @@ def _channels_last(name, v, A, t):
     if A.is_complex() and not v.is_complex():
         if v.shape[-1] != 2 * t:
             raise AnymambaError(f"selective_scan_fn: {name} is {tuple(v.shape)} {v.dtype}, but with a complex A it "
-                                f"must be complex or have 2 · seqlen = {2 * t} at its end: real, imaginary")  # fmt: skip
+                                f"must be complex, or end in 2 · seqlen = {2 * t}: real, imaginary")  # fmt: skip
         real = torch.promote_types(v.dtype, torch.float32)
         v = torch.view_as_complex(v.to(real).unflatten(-1, (t, 2)))
     if v.dim() not in (3, 4) or v.shape[-1] != t:
