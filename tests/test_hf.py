@@ -347,7 +347,7 @@ def test_other_versions(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.delattr("transformers.cache_utils.Cache.get_conv_state")
-        with pytest.raises(AnymambaError, match="needs transformers 5.21 or newer, and this is 5"):
+        with pytest.raises(AnymambaError, match=r"needs transformers 5\.21 or newer, and this is 5"):
             load()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(AnymambaError, match="needs transformers: pip install"):
