@@ -273,6 +273,12 @@ def test_complex_scan_in_parts_and_packed():
         torch.testing.assert_close(got.view(want.shape), want)
 
 
+def test_kernels_refuse_a_complex_state_matrix():
+    arguments = scan_arguments() | {"A": torch.ones(6, 3, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=r"A is .* complex64, but backend='numba' computes real state matrices only"):
+        ops.selective_scan(**arguments, backend="numba")
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 2, 2, 5]], ids=str)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("w", [1, 3, 7])

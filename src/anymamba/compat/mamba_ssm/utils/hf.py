@@ -1,7 +1,6 @@
 """mamba-ssm's checkpoints: a config.json and pytorch_model.bin (or model.safetensors), in a folder or on the hub."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ def load_config_hf(model_name: str) -> dict[str, Any]:
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights of a folder or of a repository of the hub. Nothing but tensors is unpickled. Raises AnymambaError if
     there are none, or they cannot be read."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = _find(model_name, "model.safetensors", "pytorch_model.bin")
     try:
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what the readers raise for bytes that make no sense is of many kinds
         raise AnymambaError(f"{path} is damaged, cut short, or holds more than tensors ({error})") from None
     return {name: v.to(device=device, dtype=dtype) for name, v in tensors.items()}
 
@@ -40,13 +38,16 @@ def _find(model_name, *names) -> Path:
             raise AnymambaError(f"{folder} holds no {' or '.join(names)}: is it a mamba-ssm checkpoint?")
         return found
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     for name in names:
         try:
             return Path(hf_hub_download(str(model_name), name))
-        except EntryNotFoundError:
-            continue
-        except (HFValidationError, RepositoryNotFoundError, OSError) as error:
-            raise AnymambaError(f"{model_name!r} is no folder here, and cannot be had from the hub: {error}") from None
+        except EntryNotFoundError as error:
+            if not isinstance(error, LocalEntryNotFoundError):  # the hub says that it has no such file
+                continue
+            problem = error
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            problem = error
+        raise AnymambaError(f"{model_name!r} is no folder here, and cannot be had from the hub: {problem}")
     raise AnymambaError(f"{model_name!r} on the hub holds no {' or '.join(names)}: is it a mamba-ssm checkpoint?")
