@@ -182,11 +182,13 @@ def test_golden_grouped_scan_first_channel(backend):
     assert largest_error(y.transpose(1, 2), want["y"][:, :1]) < 1e-6
 
 
-def test_complex_state_matrix_is_refused():
-    entry = tensors(goldens()["selective_scan"]["complex_A_packed_BC"]["inputs"])
-    x, dt = time_last(entry["u"]), time_last(entry["delta"])
-    with pytest.raises(ValueError, match="complex state matrices are not supported; use a real A"):
-        ops.selective_scan(x, dt, entry["A"], torch.ones(2, 5, 4), torch.ones(2, 5, 4))
+def test_golden_complex_scan():
+    """B and C are recorded as reals, the two parts of a number side by side in time."""
+    entry = goldens()["selective_scan"]["complex_A_packed_BC"]
+    given, want = tensors(entry["inputs"]), tensors(entry["outputs"])
+    B, C = (torch.complex(given[k][:, :, 0::2], given[k][:, :, 1::2]).transpose(1, 2) for k in ("B", "C"))
+    y, _ = ops.selective_scan(time_last(given["u"]), time_last(given["delta"]), given["A"], B, C)
+    assert largest_error(y.transpose(1, 2), want["y"]) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
@@ -237,6 +239,44 @@ def test_scan_gradients(groups, softplus, cu_seqlens):
         return reference.selective_scan(**moved, cu_seqlens=cu_seqlens)
 
     assert torch.autograd.gradcheck(scan, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("groups", [None, 0, 2])
+def test_complex_scan_gradients(groups):
+    """Through the complex state both ways; the others stay real."""
+    arguments = scan_arguments(2, 3, 4, 2, groups=groups, dtype=torch.float64)
+    for name in ("A", "B", "C", "initial_state"):
+        arguments[name] = torch.complex(arguments[name], arguments[name].flip(0).sin())
+    leaves = leaves_of(arguments)
+
+    def scan(*values):
+        return ops.selective_scan(**arguments | dict(zip(leaves, values, strict=True)))
+
+    y, final_state = scan(*leaves.values())
+    assert (y.dtype, final_state.dtype) == (torch.float64, torch.complex128)
+    assert torch.autograd.gradcheck(scan, tuple(leaves.values()))
+
+
+def test_complex_scan_in_parts_and_packed():
+    arguments = scan_arguments(2, 7, 4, 3)
+    for name in ("A", "B", "C", "initial_state"):
+        arguments[name] = torch.complex(arguments[name], arguments[name].flip(0).sin())
+    y, h = ops.selective_scan(**arguments)
+    assert h.dtype == torch.complex64
+    cut = lambda i, j: arguments | {k: arguments[k][:, i:j] for k in ("x", "dt", "B", "C", "z")}  # noqa: E731
+    first, state = ops.selective_scan(**cut(0, 4))
+    second, state = ops.selective_scan(**cut(4, 7) | {"initial_state": state})
+    torch.testing.assert_close(torch.cat([first, second], 1), y)
+    torch.testing.assert_close(state, h)
+    packed = arguments | {k: arguments[k].flatten(0, 1)[None] for k in ("x", "dt", "B", "C", "z")}
+    for got, want in zip(ops.selective_scan(**packed, cu_seqlens=torch.tensor([0, 7, 14])), (y, h), strict=True):
+        torch.testing.assert_close(got.view(want.shape), want)
+
+
+def test_kernels_refuse_a_complex_state_matrix():
+    arguments = scan_arguments() | {"A": torch.ones(6, 3, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=r"A is .*complex64, but backend='numba' computes real state matrices only"):
+        ops.selective_scan(**arguments, backend="numba")
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 2, 2, 5]], ids=str)

@@ -46,7 +46,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     Args:
         x: (b,t,d) input; float32, bfloat16, float16 or float64.
         dt: (b,t,d) step size Δ, raw if `dt_softplus`: Δ = softplus(dt + dt_bias).
-        A: (d,n) negative for a state that decays.
+        A: (d,n) negative for a state that decays. Complex: it stands for itself and its conjugate, C · h is twice the
+            real part, B, C and the states may be complex; the reference computes it, slowly.
         B, C: (b,t,n), (b,t,g,n) with d divisible by g, or constant in time (d,n).
         D: (d,) skip, z: (b,t,d) gate, dt_bias: (d,).
         initial_state: (s,d,n) float32; zeros if None.
@@ -59,11 +60,13 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+    if A.is_complex() and backend not in (None, "reference"):
+        _fail("selective_scan", "A", A, f"backend={backend!r} computes real state matrices only: use backend=None")
     if return_states is not None:
         _check_states(return_states, cu_seqlens)
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "backend": backend}
         return _scan_with_states(return_states, x, dt, A, B, C, D, z, initial_state, options)
-    backend = choose(backend, x, "selective_scan", A.shape[1])
+    backend = "reference" if A.is_complex() else choose(backend, x, "selective_scan", A.shape[1])
     cu_seqlens = bounds(cu_seqlens, x, backend)
     if backend == "reference":
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
@@ -295,8 +298,12 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
     b, t, d = x.shape
     if A.dim() != 2 or A.shape[0] != d or A.shape[1] == 0:
         _fail(op, "A", A, f"it must be (d, n) with d = {d}, the channels of x {tuple(x.shape)}, and n ≥ 1")
-    if A.is_complex():
-        _fail(op, "A", A, "complex state matrices are not supported; use a real A")
+    for name, v in ({} if A.is_complex() else {"B": B, "C": C, "initial_state": initial_state}).items():
+        if v is not None and v.is_complex():
+            _fail(op, name, v, "it can be complex only where A is complex, and A is real")
+    for name, v in {"dt": dt, "D": D, "z": z, "dt_bias": dt_bias}.items():
+        if v is not None and v.is_complex():
+            _fail(op, name, v, "it must be real")
     n = A.shape[1]
     for name, v in {"dt": dt, "z": z}.items():
         if v is not None and v.shape != x.shape:

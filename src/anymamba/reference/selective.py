@@ -3,6 +3,8 @@
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        A is discretised exactly, B by Euler's rule
     y_t = C_t · h_t + D x_t,   times silu(z_t) if there is a gate z
 
+A complex A stands for itself and its conjugate: C_t · h_t is then twice the real part of that product.
+
 Axes: b batch, t time, d channels, n state, g groups of channels that share B and C.
 """
 
@@ -26,21 +28,23 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, *, dt_bias=None, dt_softplus=
 
     b, t, d = x.shape
     real = torch.promote_types(x.dtype, torch.float32)  # 16-bit inputs are computed in float32
-    out_dtype, A = x.dtype, A.to(real)
+    number = real.to_complex() if A.is_complex() else real
+    out_dtype, A = x.dtype, A.to(number)
     x, dt = x.to(real), dt.to(real)
     if dt_bias is not None:
         dt = dt + dt_bias.to(real)
     if dt_softplus:
         dt = F.softplus(dt)
-    B, C = per_channel(B.to(real), b, t, d), per_channel(C.to(real), b, t, d)
-    h = x.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(real)
+    B, C = per_channel(B.to(number), b, t, d), per_channel(C.to(number), b, t, d)
+    h = A.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(number)
 
     y = []
     for i in range(t):
         A_bar = torch.exp(dt[:, i, :, None] * A)  # (b,d,n)
         B_bar_x = (dt[:, i] * x[:, i])[:, :, None] * B[:, i]
         h = A_bar * h + B_bar_x
-        y.append((h * C[:, i]).sum(-1))
+        y_i = (h * C[:, i]).sum(-1)
+        y.append(2 * y_i.real if A.is_complex() else y_i)
     y = torch.stack(y, dim=1) if y else x
 
     if D is not None:
