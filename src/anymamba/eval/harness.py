@@ -142,12 +142,9 @@ class _Rules:
         self.until = [text for text in ([until] if isinstance(until, str) else until) if text]
         lengths = [options[name] for name in self.KNOWN[5:] if options.get(name) is not None]
         self.max_new_tokens = int(lengths[0]) if lengths else NEW_TOKENS
-        temperature = options.get("temperature")
-        if options.get("do_sample", bool(temperature)):
-            filters = {name: options[name] for name in ("top_p", "top_k") if options.get(name) is not None}
-            self.sampling = SamplingConfig(1.0 if temperature is None else float(temperature), **filters)
-        else:
-            self.sampling = SamplingConfig(temperature=0)
+        named = {name: options[name] for name in ("temperature", "top_p", "top_k") if options.get(name) is not None}
+        draws = options.get("do_sample", named.get("temperature", 0) != 0)
+        self.sampling = SamplingConfig(**named) if draws else SamplingConfig(temperature=0)
         self.key = repr((self.until, self.max_new_tokens, self.sampling))  # rows with one key are written together
 
 
