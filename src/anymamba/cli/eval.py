@@ -29,10 +29,11 @@ examples:
   anymamba eval runs/NAME book.txt --quantize int4         what the model loses with 4-bit weights
   anymamba eval MODEL --tasks lambada,arc_easy --data-dir DIR --limit 200
 
-Tasks are scored as lm-evaluation-harness does, from local files DIR/NAME.jsonl (.xz, .gz), also in DIR/zeroshot and
-DIR/lambada: lambada (lambada_test.jsonl), arc_easy, arc_challenge, piqa, winogrande, openbook_qa, copa, siqa,
-commonsense_qa, winograd_wsc, bigbench_dyck_languages. Ctrl-C prints what is known by then. The harness itself, with
-all its tasks: python -m anymamba.eval --model anymamba --model_args pretrained=MODEL --tasks …
+tasks, scored as lm-evaluation-harness does, from DIR/NAME.jsonl (.xz, .gz), also in DIR/zeroshot and DIR/lambada:
+  lambada (its file is lambada_test), arc_easy, arc_challenge, piqa, winogrande, openbook_qa, copa, siqa,
+  commonsense_qa, winograd_wsc, bigbench_dyck_languages
+  Ctrl-C prints what is known by then. The harness itself, with all its tasks:
+  python -m anymamba.eval --model anymamba --model_args pretrained=MODEL --tasks NAME
 """
 
 
