@@ -63,7 +63,7 @@ def test_a_folder_in_order_without_what_is_hidden_or_binary(tmp_path):
     write(tmp_path / "image.png", b"\x89PNG\r\n\x1a\n\0\0")
     with pytest.warns(UserWarning, match=r"skipped 1 of 7 files that are not UTF-8 text: .*image\.png"):
         found = read(tmp_path)
-    assert [text for _, text in found] == ["first", "second\r\n", "third é", "fourth", "fifth", "sixth \ufffd"]
+    assert [text for _, text in found] == ["first", "second\n", "third é", "fourth", "fifth", "sixth \ufffd"]
     assert found[-1][0] == f"{tmp_path / 'e.jsonl'}:3"
     assert read(tmp_path / "b.txt", tmp_path / "a") == [found[1], found[0]]
     assert read(tmp_path / "b.txt", tmp_path / "a" / ".." / "b.txt") == [found[1]], "one file is read once"
@@ -75,6 +75,16 @@ def test_real_books_and_jsonl():
     assert "It is a truth universally acknowledged" in text
     lambada = read(shared("lambada/lambada_test.jsonl.xz"))
     assert len(lambada) == 5153
+
+
+def test_cr_lf_is_lf(tmp_path):
+    """Wherever the pieces end; a CR by itself, and what a JSON string spells, stay."""
+    body = b"a" * (PIECE_BYTES + 4095)  # the first piece ends in the CR that follows
+    for text in (b"one\r\ntwo\r\r\nthree\rfour\r", body + b"\r\nb", body + b"\rb", b"\r", b"\r\n"):
+        [(_, found)] = read(write(tmp_path / "text.txt", text))
+        assert found.encode() == text.replace(b"\r\n", b"\n")
+    jsonl(tmp_path / "text.jsonl", {"text": "one\r\ntwo"})
+    assert read(tmp_path / "text.jsonl")[0][1] == "one\r\ntwo"
 
 
 def test_a_large_file_is_one_document_in_pieces(tmp_path):

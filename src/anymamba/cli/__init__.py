@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "train a model on text; without --data on the text that every machine has",
     "generate": "continue a prompt with a trained model, or talk to it (--interactive)",
     "state": "read text of any length once into a state file, and see what is in one",
-    "eval": "loss, perplexity and bits per byte of a model on a file",
+    "eval": "loss, perplexity and bits per byte of a model on a file, or zero-shot tasks",
     "convert": "write a model in another format: for transformers, for mamba-ssm, or ours",
     "tokenizer": "train a BPE tokenizer on your text",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",

@@ -68,9 +68,10 @@ class Source:
 def documents(paths: Iterable[str | Path] | None, field: str = "text") -> Iterator[Document]:
     """The documents under `paths` in a fixed order; `None` means the running Python's standard library.
 
-    A text file is one document. A folder is searched for files, hidden ones and `__pycache__` left out, and those that
-    are not text are skipped with a warning. Each line of a `.jsonl` and each row of a `.parquet` file is a document,
-    its text in `field`. `.xz` and `.gz` are decompressed on the way. Empty documents are left out.
+    A text file is one document; CR LF at its line ends becomes LF. A folder is searched for files, hidden ones and
+    `__pycache__` left out, and those that are not text are skipped with a warning. Each line of a `.jsonl` and each row
+    of a `.parquet` file is a document, its text in `field`. `.xz` and `.gz` are decompressed on the way. Empty
+    documents are left out.
 
     Raises AnymambaError for a path that does not exist or holds no text (at once), and while reading for a file that is
     unreadable, damaged or not UTF-8, a line that is not JSON, or a missing field.
@@ -185,6 +186,19 @@ def _read_text(source: Source) -> Iterator[Document]:
 
 
 def _pieces(source: Source) -> Iterator[str]:
+    """The text in parts, its lines ended by LF alone: with CR LF a model would have to learn, and a text would be
+    measured by, how some system ends lines."""
+    held = ""  # a CR that ends a part may belong to an LF
+    for text in _decoded(source):
+        text = held + text
+        held = "\r" if text.endswith("\r") else ""
+        if text := text.removesuffix(held).replace("\r\n", "\n"):
+            yield text
+    if held:
+        yield held
+
+
+def _decoded(source: Source) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with _readable(source.path), _open(source.path) as stream:
@@ -194,8 +208,7 @@ def _pieces(source: Source) -> Iterator[str]:
             if offset == 0:
                 text = text.removeprefix(_BYTE_ORDER_MARK)
             offset += len(data)
-            if text:
-                yield text
+            yield text
         _decode(decoder, b"", offset, source, final=True)
 
 
@@ -212,14 +225,23 @@ def _decode(decoder, data: bytes, offset: int, source: Source, final: bool = Fal
 
 
 def _read_jsonl(source: Source, field: str) -> Iterator[Document]:
-    with _readable(source.path), _open(source.path) as stream:
+    for where, record in json_rows(source.path):
+        if text := _json_text(record, field, where):
+            yield Document(where, [text])
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSONL file, compressed or not, each with where it stands, "path:line"; empty lines left out.
+
+    Raises AnymambaError for a line that is not an object, and a file that is unreadable or damaged.
+    """
+    with _readable(path), _open(path) as stream:
         for number, line in enumerate(stream, start=1):
-            where = f"{source.name}:{number}"
-            if line.strip() and (text := _json_text(line, field, where)):
-                yield Document(where, [text])
+            if line.strip():
+                yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
 
 
-def _json_text(line: bytes, field: str, where: str) -> str:
+def _json_object(line: bytes, where: str) -> dict:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -231,6 +253,10 @@ def _json_text(line: bytes, field: str, where: str) -> str:
         raise AnymambaError(
             f'{where}: a {type(record).__name__}, but each line must be an object such as {{"text": …}}'
         )
+    return record
+
+
+def _json_text(record: dict, field: str, where: str) -> str:
     if field not in record:
         raise AnymambaError(f"{where}: no field {field!r}; the fields are {_listed(record)}: choose one with field=")
     if not isinstance(record[field], str):

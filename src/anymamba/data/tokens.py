@@ -22,7 +22,7 @@ from anymamba.data.corpus import Source, documents, sources
 from anymamba.data.tokenizer import Tokenizer, dtype_for
 from anymamba.errors import AnymambaError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what a text becomes; 2: CR LF is LF
 _META = "tokens.json"
 _PARTS = ("train", "heldout")
 _BATCH_CHARS = 1 << 21  # handed to the tokenizer at once: some pieces, so that it can use several cores
