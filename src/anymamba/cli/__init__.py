@@ -11,6 +11,8 @@ COMMANDS = {
     "state": "read text of any length once into a state file, and see what is in one",
     "eval": "loss, perplexity and bits per byte of a model on a file",
     "tokenizer": "train a BPE tokenizer on your text",
+    "merge": "add an adapter to the weights of its model, and write them as a model",
+    "export": "write a model as an ONNX graph, for other runtimes",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",
     "warmup": "compile the kernels of a model ahead of time",
 }
