@@ -26,8 +26,9 @@ from anymamba.train.hardware import choose_device, choose_precision
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
 from anymamba.train.passes import Passes
-from anymamba.train.runs import CONFIG, first_ids, load_start, new_adapter, new_folder, text_digest, typical_start
+from anymamba.train.runs import first_ids, text_digest, typical_start
 from anymamba.train.schedule import Every, learning_rate
+from anymamba.train.start import CONFIG, absolute, load_start, new_adapter, new_folder
 from anymamba.train.update import Step, Update
 
 LOOKING = 0.1  # share of a run by the clock for measurements and samples
@@ -57,11 +58,8 @@ def train(config: TrainConfig, display: Display | None = None) -> Result:
     made = next((p for p in reversed([run, *run.parents]) if not p.exists()), None)
     try:
         # absolute, so that the run can be resumed from anywhere
-        paths = config.data and tuple(str(Path(p).expanduser().absolute()) for p in config.data)
-        init = config.init
-        if init is not None and Path(init).expanduser().exists():
-            init = str(Path(init).expanduser().absolute())
-        config = config.replace(data=paths, out=None, init=init)
+        paths = config.data and tuple(map(absolute, config.data))
+        config = config.replace(data=paths, out=None, init=config.init and absolute(config.init))
         model, tokenizer = load_start(config, config.tokenizer)
         trainer = Trainer(run, config, tokenizer, display or Silent(), model)
         run.mkdir(parents=True, exist_ok=True)
@@ -275,7 +273,9 @@ class Trainer:
         )
 
     def _try_precision(self, precision: str) -> None:
-        self.passes.loss(0, None, precision)[0].backward()
+        loss = self.passes.loss(0, None, precision)[0]
+        if loss.requires_grad:  # else no adapter had a part in it
+            loss.backward()
         if self.adapter is not None:
             self.adapter.check_gradients()
         self.model.zero_grad(set_to_none=True)
