@@ -359,6 +359,12 @@ def test_a_run_whose_model_has_changed_or_gone(start, tmp_path):
     assert resume(run).step == 4
 
 
+def test_default_learning_rates():
+    assert TrainConfig().lr == TrainConfig(init="m", lora=True).lr == 6e-3
+    assert TrainConfig(init="m").lr == 3e-4
+    assert TrainConfig(init="m", lr=1e-3).lr == TrainConfig(lr=1e-3).replace(init="m").lr == 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

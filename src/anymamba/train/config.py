@@ -57,7 +57,7 @@ class TrainConfig:
     # optimisation
     steps: int | None = None  # length of the run in steps: then a resumed run is bit-identical
     minutes: float | None = None  # length of the run by the clock; 3 where neither is given
-    lr: float = 6e-3  # highest learning rate
+    lr: float | None = None  # highest learning rate; 6e-3 if none, and 3e-4 to fine-tune all of a model
     min_lr: float = 0.0  # the learning rate falls to this, along a cosine
     warmup: float = 0.1  # share of the run in which the learning rate rises
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
@@ -81,6 +81,8 @@ class TrainConfig:
     tensorboard: bool = False  # also write TensorBoard events
 
     def __post_init__(self):
+        if self.lr is None:
+            object.__setattr__(self, "lr", 3e-4 if self.init is not None and not self.lora else 6e-3)
         for name in _WHOLE:
             _require(self, name, "a whole number of at least 1", lambda v: _is(v, int) and v >= 1)
         _require(self, "seed", "a whole number from 0 to 2³² - 1", lambda v: _is(v, int) and 0 <= v < 2**32)
