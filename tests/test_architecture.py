@@ -11,9 +11,9 @@ from conftest import REPO, run_python
 
 PACKAGE = REPO / "src" / "anymamba"
 # each room may import those below it, and itself
-ROOMS = ["cli", "serve", "eval", "train", "tasks", "inspect", "hf", "compat", "generate", "data", "checkpoint", "model",
-         "layers", "state", "ops", "backends", "registration", "padding", "ids", "kernels", "reference", "config",
-         "files", "errors"]  # fmt: skip
+ROOMS = ["cli", "serve", "eval", "train", "lora", "export", "tasks", "inspect", "hf", "compat", "generate", "data",
+         "checkpoint", "model", "layers", "state", "ops", "backends", "registration", "padding", "ids", "kernels",
+         "reference", "config", "files", "errors"]  # fmt: skip
 # a model saves and loads itself: the two methods reach up, when they are called
 REACH_UP = {("model", "checkpoint")}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -92,7 +92,7 @@ def test_public_names_exist():
         _ = anymamba.nothing
 
 
-HEAVY = ("numba", "llvmlite", "triton", "transformers", "matplotlib", "pyarrow", "tokenizers", "rich")
+HEAVY = ("numba", "llvmlite", "triton", "transformers", "matplotlib", "pyarrow", "tokenizers", "rich", "peft", "onnx")
 
 
 @pytest.mark.parametrize("statement", ["import anymamba", "import anymamba.ops, anymamba.model, anymamba.state"])

@@ -12,6 +12,8 @@ COMMANDS = {
     "eval": "loss, perplexity and bits per byte of a model on a file, or zero-shot tasks",
     "convert": "write a model in another format: for transformers, for mamba-ssm, or ours",
     "tokenizer": "train a BPE tokenizer on your text",
+    "merge": "add an adapter to the weights of its model, and write them as a model",
+    "export": "write a model as an ONNX graph, for other runtimes",
     "doctor": "what runs here and how fast paths are chosen; tests every kernel",
     "warmup": "compile the kernels of a model ahead of time",
 }

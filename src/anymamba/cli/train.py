@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from anymamba import lora
 from anymamba.train import Result, TrainConfig, resume, train
 from anymamba.train.display import for_terminal, heldout_text, printable
 
@@ -21,6 +22,8 @@ examples:
   anymamba train --preset small --d-state 32             another size
   anymamba train --resume runs/NAME                      go on after Ctrl-C or a crash
   anymamba train --config runs/NAME/train.json --lr 1e-3 as another run, with changes
+  anymamba train --init runs/NAME --data notes/          fine-tune a model, all of it
+  anymamba train --init runs/NAME --lora --data notes/   or a small adapter of it: less to learn, to hold and to keep
 """
 
 
@@ -61,8 +64,12 @@ def _report(result: Result) -> int:
     sys.stdout.reconfigure(errors="replace")
     print(f"\nsample:\n{printable(result.sample)}\n")
     print(f"held-out {heldout_text(evaluation.nats, evaluation.bits_per_byte)}  ({evaluation.tokens} tokens)")
-    print(f"model       {Path(run) / 'model.safetensors'} after {result.step} steps")
+    is_adapter = lora.matches(run)
+    kind, file = ("adapter", lora.WEIGHTS) if is_adapter else ("model", "model.safetensors")
+    print(f"{kind:<11} {Path(run) / file} after {result.step} steps")
     print(result.plot)
     prompt = f" --prompt {shlex.quote(result.prompt)}" if result.prompt else ""
     print(f"\nmore of it:\n  anymamba generate {run}{prompt}")
+    if is_adapter:
+        print(f"as a model of its own:\n  anymamba merge {run} -o FOLDER")
     return 0

@@ -1,7 +1,7 @@
 """Checkpoints of a run: folders that appear whole or not at all, checked by digest when they are read.
 
 checkpoints/step-00000120/
-    config.json, model.safetensors    the model, as everywhere
+    config.json, model.safetensors    the model, as everywhere; of an adapter the two files of peft instead
     training.safetensors              moments of the optimizer, and the carried state
     trainer.json                      step, time, choices made; digests of the files above
 """
@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from anymamba import checkpoint
 from anymamba.errors import AnymambaError
+from anymamba.lora import Adapter
 from anymamba.model import MambaLM
 from anymamba.state import LayerState, MambaState
 
@@ -26,7 +26,7 @@ FOLDER, META, TRAINING = "checkpoints", "trainer.json", "training.safetensors"
 _UNFINISHED = ".unfinished-"
 
 
-def save(run: Path, model: MambaLM, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
+def save(run: Path, model: MambaLM | Adapter, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of step `meta["step"]` of a run and drop all but the newest `keep`.
 
     Raises AnymambaError when it cannot be written; what was saved before is then untouched.
@@ -54,8 +54,8 @@ def save(run: Path, model: MambaLM, tensors: dict[str, Tensor], meta: dict[str, 
     return target
 
 
-def load(run: Path, device: torch.device) -> tuple[MambaLM, dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """Model, tensors and meta of the newest whole checkpoint, and the names of damaged ones that are newer.
+def load(run: Path, device: torch.device) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """Folder, tensors and meta of the newest whole checkpoint, and the names of damaged ones that are newer.
 
     None if there is no checkpoint yet. Raises AnymambaError if all that are there are damaged.
     """
@@ -68,7 +68,7 @@ def load(run: Path, device: torch.device) -> tuple[MambaLM, dict[str, Tensor], d
             damaged.append(folder.name)
             continue
         tensors = load_file(folder / TRAINING, device=str(device))
-        return checkpoint.load(folder, device=device), tensors, meta, damaged
+        return folder, tensors, meta, damaged
     if damaged:
         raise AnymambaError(
             f"all checkpoints of {run} are damaged ({', '.join(damaged)}): copy them again, or start a new run with  "
@@ -124,10 +124,10 @@ def _found(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*"), reverse=True)
 
 
-def _write(folder: Path, model: MambaLM, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def _write(folder: Path, model: MambaLM | Adapter, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    checkpoint.save(model, folder)
+    model.save_pretrained(folder)
     # clones, for safetensors takes neither views nor tensors that share memory
     save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / TRAINING)
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}

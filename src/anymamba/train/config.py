@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from anymamba.config import MambaConfig, check_keys
 from anymamba.errors import AnymambaError
+from anymamba.lora import TARGETS
 
 DEFAULT_MINUTES = 3.0
 
@@ -23,7 +24,9 @@ class TrainConfig:
     # text
     data: tuple[str, ...] | None = None  # files and folders to read; Python's standard library if none
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
-    tokenizer: str = "bytes"  # "bytes", or a tokenizer.json, or a folder that holds one
+    tokenizer: str | None = (
+        None  # "bytes", a tokenizer.json, or a folder that holds one; bytes, or that of --init, if none
+    )
     holdout: float = 0.1  # share of the text that is not trained on but measured
     tokens: str | None = None  # folder of the tokenised text, to share among runs; RUN/tokens if none
 
@@ -36,6 +39,13 @@ class TrainConfig:
     expand: int | None = None  # d_inner = expand * d_model
     dt_rank: int | None = None  # rank of the step projection
 
+    # fine-tuning
+    init: str | None = None  # folder of a run or model to go on from, in place of a new model
+    lora: bool = False  # train and save a low-rank adapter of that model only
+    lora_rank: int = 8  # rank of its matrices
+    lora_alpha: float = 16.0  # its weight: what it adds is scaled by alpha / rank
+    lora_targets: tuple[str, ...] = TARGETS  # layers that get one; embedding and lm_head can, too
+
     # batches
     batch_size: int = 16  # rows of a forward pass
     seqlen: int = 128  # tokens of a row
@@ -47,7 +57,7 @@ class TrainConfig:
     # optimisation
     steps: int | None = None  # length of the run in steps: then a resumed run is bit-identical
     minutes: float | None = None  # length of the run by the clock; 3 where neither is given
-    lr: float = 6e-3  # highest learning rate
+    lr: float | None = None  # highest learning rate; 6e-3 if none, and 3e-4 to fine-tune all of a model
     min_lr: float = 0.0  # the learning rate falls to this, along a cosine
     warmup: float = 0.1  # share of the run in which the learning rate rises
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
@@ -71,10 +81,12 @@ class TrainConfig:
     tensorboard: bool = False  # also write TensorBoard events
 
     def __post_init__(self):
+        if self.lr is None:
+            object.__setattr__(self, "lr", 3e-4 if self.init is not None and not self.lora else 6e-3)
         for name in _WHOLE:
             _require(self, name, "a whole number of at least 1", lambda v: _is(v, int) and v >= 1)
         _require(self, "seed", "a whole number from 0 to 2³² - 1", lambda v: _is(v, int) and 0 <= v < 2**32)
-        for name in ("minutes", "lr", "clip"):
+        for name in ("minutes", "lr", "clip", "lora_alpha"):
             _require(self, name, "a finite number above 0", lambda v: _number(v) and v > 0)
         for name in ("min_lr", "weight_decay"):
             _require(self, name, "a finite number of at least 0", lambda v: _number(v) and v >= 0)
@@ -92,6 +104,7 @@ class TrainConfig:
             raise AnymambaError(
                 "carry takes the state across chunks and packed stops it at documents: with --packed give --no-carry"
             )
+        self._check_init()
         self.model_config(vocab_size=1)
 
     @property
@@ -101,9 +114,20 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int) -> MambaConfig:
         """The preset with the sizes given here."""
-        names = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changes = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         return MambaConfig.preset(self.preset, vocab_size=vocab_size, **changes)
+
+    def _check_init(self) -> None:
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        given = lambda *names: [name for name in names if getattr(self, name) != default[name]]  # noqa: E731
+        if self.init is not None and (sizes := given("preset", *_SIZES)):
+            raise AnymambaError(
+                f"training: {sizes[0]} with init={self.init!r}: the sizes are those of the model, drop it"
+            )
+        if self.lora and self.init is None:
+            raise AnymambaError("training: lora trains an adapter of a model: name that with --init")
+        if not self.lora and (options := given("lora_rank", "lora_alpha", "lora_targets")):
+            raise AnymambaError(f"training: {options[0]} says how an adapter is made: it needs --lora")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -125,12 +149,15 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise AnymambaError(f"{path} holds a {type(values).__name__}, but a training config is an object {{…}}")
         check_keys(cls, values, f"{path}: unknown key")
-        lists = {name: tuple(v) for name in ("data", "betas") if isinstance(v := values.get(name), list)}
+        lists = {
+            name: tuple(v) for name in ("data", "betas", "lora_targets") if isinstance(v := values.get(name), list)
+        }
         return cls(**(values | lists))
 
 
-_WHOLE = ("batch_size", "seqlen", "accumulate", "steps", "eval_every", "sample_every", "save_every", "keep",
-          "eval_tokens", "final_tokens", "sample_tokens")  # fmt: skip
+_SIZES = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank")
+_WHOLE = ("lora_rank", "batch_size", "seqlen", "accumulate", "steps", "eval_every", "sample_every", "save_every",
+          "keep", "eval_tokens", "final_tokens", "sample_tokens")  # fmt: skip
 
 
 def _require(config, name, rule, holds):

@@ -21,7 +21,7 @@ class Log:
     def __init__(self, run: Path, step: int, tensorboard: bool = False):
         """Goes on after `step`: what a stopped process wrote beyond its last checkpoint is dropped, and comes again."""
         path = run / LOG
-        records = (r for r in read(run) if r["step"] <= step and "final_nats" not in r)
+        records = (r for r in read(run) if 0 < step >= r["step"] and "final_nats" not in r)
         kept = [json.dumps(record) + "\n" for record in records]
         write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anymamba import checkpoint
+from anymamba import checkpoint, lora
 from anymamba.data import TokenData, Tokenizer, load_tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
@@ -15,11 +15,12 @@ PADDING = 128  # the most by which vocabularies are usually rounded up
 
 def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[MambaLM, Tokenizer]:
     """The model of a run, or any that `checkpoint.load` takes, and its tokenizer, or the one that `tokenizer` names.
+    Adapters are merged in.
 
     Raises AnymambaError if either is missing or damaged, or if they do not belong together.
     """
     path = checkpoint.locate(run)
-    model, tokens = checkpoint.load(path), load_tokenizer(tokenizer or path)
+    model, tokens = (lora if lora.matches(path) else checkpoint).load(path), load_tokenizer(tokenizer or path)
     config = model.config
     spare = config.padded_vocab_size - tokens.vocab_size
     rounded = config.pad_vocab_size_multiple

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from anymamba import checkpoint
-from anymamba.data import Batches, Tokenizer, load_tokenizer, prepare
+from anymamba import checkpoint, lora
+from anymamba.data import Batches, Tokenizer, prepare
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
 from anymamba.model import MambaLM
@@ -28,9 +28,9 @@ from anymamba.train.log import Log, plot
 from anymamba.train.passes import Passes
 from anymamba.train.runs import first_ids, text_digest, typical_start
 from anymamba.train.schedule import Every, learning_rate
+from anymamba.train.start import CONFIG, absolute, load_start, new_adapter, new_folder
 from anymamba.train.update import Step, Update
 
-CONFIG = "train.json"
 LOOKING = 0.1  # share of a run by the clock for measurements and samples
 
 
@@ -54,14 +54,14 @@ def train(config: TrainConfig, display: Display | None = None) -> Result:
     The first Ctrl-C or SIGTERM ends it early, saved, with `Result.interrupted`. Raises AnymambaError for text or sizes
     that cannot be used, a folder that holds a run already, a full disk, and a loss that is not finite.
     """
-    run = _new_folder(config)
+    run = new_folder(config.out)
     made = next((p for p in reversed([run, *run.parents]) if not p.exists()), None)
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
         # absolute, so that the run can be resumed from anywhere
-        paths = config.data and tuple(str(Path(p).expanduser().absolute()) for p in config.data)
-        config = config.replace(data=paths, out=None)
-        trainer = Trainer(run, config, tokenizer, display or Silent())
+        paths = config.data and tuple(map(absolute, config.data))
+        config = config.replace(data=paths, out=None, init=config.init and absolute(config.init))
+        model, tokenizer = load_start(config, config.tokenizer)
+        trainer = Trainer(run, config, tokenizer, display or Silent(), model)
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run)
         (run / CONFIG).write_text(config.to_json(), encoding="utf-8")
@@ -82,15 +82,18 @@ def resume(run: str | Path, display: Display | None = None) -> Result:
     run = Path(run)
     if not (run / CONFIG).is_file():
         raise AnymambaError(f"no run to resume in {run}: it has no {CONFIG}. Runs are folders such as runs/NAME")
-    trainer = Trainer(run, TrainConfig.from_file(run / CONFIG), load_tokenizer(run), display or Silent())
+    config = TrainConfig.from_file(run / CONFIG)
+    model, tokenizer = load_start(config, run)
+    trainer = Trainer(run, config, tokenizer, display or Silent(), model)
     trainer.restore()
     return trainer.run_to_end()
 
 
 class Trainer:
-    """One run in memory."""
+    """One run in memory; of a new model, or of `model` to fine-tune."""
 
-    def __init__(self, run: Path, config: TrainConfig, tokenizer: Tokenizer, display: Display):
+    def __init__(self, run: Path, config: TrainConfig, tokenizer: Tokenizer, display: Display,
+                 model: MambaLM | None = None):  # fmt: skip
         self.folder, self.config, self.tokenizer, self.display = run, config, tokenizer, display
         self.device = choose_device(config.device)
         folder = Path(config.tokens).expanduser() if config.tokens else run / "tokens"
@@ -99,7 +102,9 @@ class Trainer:
         self.batches = Batches(self.data.train, config.batch_size, config.seqlen, config.seed, config.carry)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(config.seed)
-            self.model = MambaLM(config.model_config(tokenizer.vocab_size)).to(self.device)
+            model = model or MambaLM(config.model_config(tokenizer.vocab_size))
+            self.model = model.to(self.device)
+            self.adapter = new_adapter(self.model, config)
         self.model.recompute, self.model.dropout = config.recompute, config.dropout
         self.passes = Passes(self.model, config, self.batches, self.data.eos_id)
         self.update = Update(self.model, config)
@@ -116,6 +121,11 @@ class Trainer:
         self.rate = 0.0  # tokens per second, smoothed
 
     # ---- where the run stands ----
+
+    @property
+    def weights(self) -> MambaLM | lora.Adapter:
+        """What is trained, and saved."""
+        return self.adapter or self.model
 
     @property
     def seconds(self) -> float:
@@ -140,7 +150,7 @@ class Trainer:
         if found is None:
             self.display.note(f"{self.folder} has no checkpoint yet: beginning again")
             return
-        model, tensors, meta, damaged = found
+        folder, tensors, meta, damaged = found
         if damaged:
             self.display.note(f"skipped damaged checkpoints: {', '.join(damaged)}")
         if meta["text"] != text_digest(self.data):
@@ -149,7 +159,10 @@ class Trainer:
                 f" put it back, or start a new run with  anymamba train --config {self.folder / CONFIG}"
             )
         # copies: memory that is aligned as in a process that never stopped gives the same bits
-        self.model.load_state_dict(model.state_dict())
+        if self.adapter is not None:
+            self.adapter.restore(folder)
+        else:
+            self.model.load_state_dict(checkpoint.load(folder, device=self.device).state_dict())
         tensors = {name: v.clone() for name, v in tensors.items()}
         checkpointing.restore_optimizer(self.model, self.update.adamw, tensors)
         self.state = checkpointing.restored_state(tensors, self.model.config.n_layer)
@@ -197,8 +210,12 @@ class Trainer:
         self._try_precision(self.precision)  # kernels are compiled here, not on the run's time
         if why_not := self.passes.record(self.precision):
             self.display.note(why_not)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         size, text = self.model.num_params(), len(self.data.train)
-        self.display.note(f"{size / 1e6:.2f}M parameters, {text / 1e6:.2f}M tokens of text, run in {self.folder}")
+        part = "" if trained == size else f", {trained / 1e6:.3f}M of them trained ({trained / size:.2%})"
+        self.display.note(f"{size / 1e6:.2f}M parameters{part}, {text / 1e6:.2f}M tokens of text, run in {self.folder}")
+        if config.init is not None and self.step == 0:
+            self._measure()  # before it has learned anything of this text
         self.began = time.monotonic()
         progress = self.progress
         self.eval_due = Every(config.eval_every, share=0.1, progress=progress)
@@ -256,7 +273,11 @@ class Trainer:
         )
 
     def _try_precision(self, precision: str) -> None:
-        self.passes.loss(0, None, precision)[0].backward()
+        loss = self.passes.loss(0, None, precision)[0]
+        if loss.requires_grad:  # else no adapter had a part in it
+            loss.backward()
+        if self.adapter is not None:
+            self.adapter.check_gradients()
         self.model.zero_grad(set_to_none=True)
 
     # ---- what is said and saved ----
@@ -313,12 +334,12 @@ class Trainer:
                 "threads": torch.get_num_threads(), "text": text_digest(self.data)}  # fmt: skip
         tensors = checkpointing.optimizer_tensors(self.model, self.update.adamw)
         tensors |= checkpointing.state_tensors(self.state)
-        checkpointing.save(self.folder, self.model, tensors, meta, self.config.keep)
-        checkpoint.save(self.model, self.folder)  # where `anymamba generate RUN` looks for it
+        checkpointing.save(self.folder, self.weights, tensors, meta, self.config.keep)
+        self.weights.save_pretrained(self.folder)  # where `anymamba generate RUN` looks for it
         self.saved_step = self.step
 
     def _finish(self) -> Result:
-        checkpoint.save(self.model, self.folder)  # the run may have been killed before it could
+        self.weights.save_pretrained(self.folder)  # the run may have been killed before it could
         self.display.note("measuring the loss on the held-out text")
         most = min(self.config.final_tokens, len(self.data.heldout) - 1)
         result = self._evaluate(max_tokens=most, on_progress=lambda count: self.display.measuring(count / most))
@@ -327,14 +348,3 @@ class Trainer:
         record |= {"final_bits_per_byte": result.bits_per_byte, "final_tokens": result.tokens}
         self.log.write(record | {"sample": sample})
         return Result(self.folder, self.step, self.model, None, result, sample, self.prompt, plot(self.folder))
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    run = Path(config.out).expanduser() if config.out else Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if run.is_dir() and (run / CONFIG).exists():
-        raise AnymambaError(
-            f"{run} holds a run already: go on with it by  anymamba train --resume {run}  or choose another --out"
-        )
-    if run.exists() and not run.is_dir():
-        raise AnymambaError(f"out={run} is a file, but a run is a folder: choose another --out")
-    return run
