@@ -295,14 +295,18 @@ class MambaLM(nn.Module):
     def fingerprint(self) -> str:
         """Names this model: its sizes and a hash of its config and of a sample of its weights.
 
-        The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
+        The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states; and which rows of
+        the embedding are in use, which the tokenizer decides, plays no part.
         """
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        c = self.config
+        sizes = c.to_dict() | {"vocab_size": c.padded_vocab_size, "pad_vocab_size_multiple": 1}
+        digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
-        c = self.config
-        return f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.vocab_size} {digest.hexdigest()[:12]}"
+        return (
+            f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.padded_vocab_size} {digest.hexdigest()[:12]}"
+        )
 
     # ---- files: handed over to the room above ----
 

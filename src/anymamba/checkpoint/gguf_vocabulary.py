@@ -65,10 +65,10 @@ def fields(tokenizer: Any, rows: int) -> dict[str, Any]:
            "token_type": [types.get(i, NORMAL) if i in tokens else UNUSED for i in range(rows)],
            "merges": merges or [NO_MERGE], "add_bos_token": False, "add_eos_token": False}  # fmt: skip
     out |= dict(zip(ENDS, tokenizer.eos_ids, strict=False))
-    bos = next((i for i, token in tokens.items() if token == tokenizer.special.get("bos_token")), None)
+    bos = next((i for i, token in tokens.items() if token == tokenizer.special.tokens.get("bos_token")), None)
     bos = bos if bos is not None else tokenizer.eos_id
     out |= {} if bos is None else {"bos_token_id": bos}  # else llama.cpp assumes id 11
-    template = {TEMPLATE: tokenizer.chat_template} if tokenizer.chat_template else {}
+    template = {TEMPLATE: tokenizer.special.chat_template} if tokenizer.special.chat_template else {}
     return {LISTS + k: v for k, v in out.items()} | whole | template
 
 

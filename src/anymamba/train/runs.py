@@ -14,15 +14,21 @@ from anymamba.model import MambaLM
 def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[MambaLM, Tokenizer]:
     """The model in the folder of a run, and its tokenizer, or the one that `tokenizer` names.
 
-    Raises AnymambaError if either is missing or damaged, or if they do not belong together.
+    Published models count the rows that only round their embedding up as vocabulary; here it becomes that of the
+    tokenizer, so that no id without a meaning is ever sampled. Raises AnymambaError if either is missing or damaged,
+    or if they do not belong together.
     """
     model, tokens = checkpoint.load(run), load_tokenizer(tokenizer or run)
-    known, multiple = model.config.vocab_size or 0, model.config.pad_vocab_size_multiple
-    if -(-tokens.vocab_size // multiple) * multiple != model.config.padded_vocab_size:
+    known, rows = model.config.vocab_size or 0, model.config.padded_vocab_size
+    spare = known - tokens.vocab_size
+    # another's that is much smaller is another language; the own one may leave as many rows unused as it likes
+    if spare < 0 or (tokenizer is not None and spare > max(known // 100, model.config.pad_vocab_size_multiple - 1)):
         raise AnymambaError(
             f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows {known}: "
             "give the model's own with --tokenizer"
         )
+    if spare:
+        model.config = model.config.replace(vocab_size=tokens.vocab_size, pad_vocab_size_multiple=rows)
     return model, tokens
 
 
