@@ -528,7 +528,7 @@ def test_fingerprint_tells_models_apart():
     model = make_model()
     assert model.fingerprint() == make_model().fingerprint()
     assert model.fingerprint() != make_model(seed=1).fingerprint()
-    assert model.fingerprint().startswith("mamba d_model=32 n_layer=2 vocab_size=24 ")
+    assert model.fingerprint().startswith("mamba d_model=32 n_layer=2 vocab_size=23 ")
 
 
 def test_labels():

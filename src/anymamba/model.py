@@ -295,18 +295,14 @@ class MambaLM(nn.Module):
     def fingerprint(self) -> str:
         """Names this model: its sizes and a hash of its config and of a sample of its weights.
 
-        The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states; and which rows of
-        the embedding are in use, which the tokenizer decides, plays no part.
+        The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
         """
-        c = self.config
-        sizes = c.to_dict() | {"vocab_size": c.padded_vocab_size, "pad_vocab_size_multiple": 1}
-        digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+        c = self.backbone.layers[0].mixer.config  # as it was made: a tokenizer may have cut the vocabulary since
+        digest = hashlib.sha256(json.dumps(c.to_dict(), sort_keys=True).encode())
         for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
-        return (
-            f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.padded_vocab_size} {digest.hexdigest()[:12]}"
-        )
+        return f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.vocab_size} {digest.hexdigest()[:12]}"
 
     # ---- files: handed over to the room above ----
 

@@ -33,7 +33,6 @@ LAYER = {"norm.weight": "attn_norm.weight", "mixer.in_proj.weight": "ssm_in.weig
          "mixer.dt_proj.bias": "ssm_dt.bias", "mixer.A_log": "ssm_a", "mixer.D": "ssm_d",
          "mixer.out_proj.weight": "ssm_out.weight"}  # fmt: skip
 MATRICES = ("token_embd.weight", "output.weight", "ssm_in.weight", "ssm_x.weight", "ssm_dt.weight", "ssm_out.weight")
-FLOAT32 = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias")  # in a model of any dtype
 
 
 def matches(path: str | os.PathLike) -> bool:
@@ -53,23 +52,22 @@ def read_config(path: str | os.PathLike) -> MambaConfig:
     return _config(GgufFile(path))
 
 
-def tensors(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def tensors(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each parameter of the model, read one at a time; a tied head is not among them.
 
-    In `dtype`, or that of the file's matrices, float32 for quantised ones; A_log, D and step biases stay float32.
-    Raises AnymambaError, before the first one, naming every tensor that is missing, unexpected or misshapen.
+    In the file's dtypes: that of the matrices, float32 for quantised ones, and float32 for all else. Raises
+    AnymambaError, before the first one, naming every tensor that is missing, unexpected or misshapen.
     """
     file = GgufFile(path)
     config = _config(file)
     names = _checked(file, config)
-    dtype = dtype or PLAIN.get(file.tensors["blk.0.ssm_in.weight"].kind.name, torch.float32)
     for ours, theirs in names.items():
         v = file.read(theirs)
         if ours.endswith("A_log"):
-            v = logarithm(v.float())
+            v = logarithm(v)
         elif ours.endswith("conv1d.weight"):
             v = v.unsqueeze(1)
-        yield ours, v.float() if ours.endswith(FLOAT32) else v.to(dtype)
+        yield ours, v
 
 
 def logarithm(A: Tensor) -> Tensor:
@@ -89,7 +87,6 @@ def _config(file: GgufFile) -> MambaConfig:
     if found != ARCHITECTURE:
         raise AnymambaError(f"{file.path} holds a model of the architecture {found!r}, which is not supported yet: "
                             f"anymamba reads Mamba-1, {ARCHITECTURE!r}")  # fmt: skip
-    rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 1
     size = {name: _value(file, f"mamba.{key}", int) for name, key in {
         "d_model": "embedding_length", "n_layer": "block_count", "d_state": "ssm.state_size",
         "d_conv": "ssm.conv_kernel", "d_inner": "ssm.inner_size", "dt_rank": "ssm.time_step_rank",
@@ -102,7 +99,7 @@ def _config(file: GgufFile) -> MambaConfig:
     eps = float(str(np.float32(_value(file, "mamba.attention.layer_norm_rms_epsilon", float))))
     if file.fields.get("mamba.ssm.dt_b_c_rms"):
         size["inner_norm_eps"] = eps  # Falcon-Mamba; llama.cpp knows one number for all norms
-    told = {**size, "expand": d_inner // size["d_model"], "norm_eps": eps, **_vocabulary(file, rows),
+    told = {**size, "expand": d_inner // size["d_model"], "norm_eps": eps, **_vocabulary(file),
             "tie_embeddings": "output.weight" not in file.tensors}  # fmt: skip
     config = MambaConfig.from_dict(told)
     return _own(file, config) if CONFIG in file.fields else config
@@ -121,8 +118,11 @@ def _own(file: GgufFile, config: MambaConfig) -> MambaConfig:
     return own
 
 
-def _vocabulary(file: GgufFile, rows: int) -> dict[str, int]:
+def _vocabulary(file: GgufFile) -> dict[str, int]:
     """vocab_size, the tokens in use, and the padding that makes the rows of the embedding of it."""
+    if "token_embd.weight" not in file.tensors:
+        raise AnymambaError(f"{file.path} has no token_embd.weight: download, copy or convert it again")
+    rows = file.tensors["token_embd.weight"].shape[0]
     tokens, types = (file.fields.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
     known = gguf_vocabulary.used(tokens, types) if len(tokens) == len(types) == rows else rows
     sizes = (8, 1, 16, 32, 64, 128, rows)
