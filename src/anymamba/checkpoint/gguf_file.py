@@ -53,25 +53,24 @@ class GgufFile:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path, self.fields, self.tensors, self._at = Path(path), {}, {}, 0
         try:
-            with open(self.path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise AnymambaError(f"{self.path} cannot be read ({error}): give the path of a .gguf file") from None
-        self._at, self.fields, self.tensors = 0, {}, {}
-        try:
-            self._parse()
+            with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self._data:
+                self._parse()
+        except AnymambaError:
+            raise
         except (struct.error, UnicodeDecodeError) as error:
             raise self._damaged(str(error)) from None
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise AnymambaError(f"{self.path} cannot be read ({error}): give the path of a .gguf file") from None
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, a copy; float32 for the quantised kinds."""
         kind, shape, offset = self.tensors[name]
         size = math.prod(shape) // kind.items * kind.nbytes
-        raw = np.frombuffer(self._data, np.uint8, size, offset)
+        raw = np.fromfile(self.path, np.uint8, size, offset=offset)  # mapped, the whole file would stay in memory
         if kind.name in PLAIN:
-            return torch.from_numpy(raw.copy()).view(PLAIN[kind.name]).view(shape)
+            return torch.from_numpy(raw).view(PLAIN[kind.name]).view(shape)
         blocks = raw.reshape(-1, kind.nbytes)
         scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         if kind.name == "Q8_0":
