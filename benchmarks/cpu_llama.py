@@ -5,7 +5,7 @@
 
 The floor is the time to read the weights (and to read and write the state) at the bandwidth that all threads reach
 together, measured in the same run. The peer is llama.cpp through llama-cpp-python, compiled for this processor; it gets
-the weights as GGUF files that the gguf package writes. Without these two packages only our own figures are printed.
+the weights as GGUF files, which the gguf package writes. Without these two packages only our own figures are printed.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from anymamba import MambaConfig, MambaLM, quantize
+from anymamba.checkpoint.gguf import save
 from anymamba.generate.decode import Decoder
 from common import Report, arguments, measure, median, quiet, ratio, spread, versions
 from cpu_limits import read_bandwidth
@@ -72,44 +73,6 @@ def missing():
     return f"{' and '.join(absent)} not installed (pip install llama-cpp-python gguf)" if absent else None
 
 
-def write_gguf(path, model, kind):
-    """The weights of `model` for llama.cpp: matrices in `kind`, all else in float32, A itself and not its logarithm."""
-    import gguf
-
-    c, writer = model.config, gguf.GGUFWriter(path, "mamba")
-    for key, value in {
-        "context_length": 1 << 20, "embedding_length": c.d_model, "feed_forward_length": 0, "head_count": 0,
-        "block_count": c.n_layer, "layer_norm_rms_eps": c.norm_eps, "vocab_size": c.padded_vocab_size,
-        "ssm_conv_kernel": c.d_conv, "ssm_inner_size": c.d_inner, "ssm_state_size": c.d_state,
-        "ssm_time_step_rank": c.rank, "tokenizer_model": "no_vocab",
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{key}")(value)
-
-    def add(name, tensor, matrix=False):
-        kinds = gguf.GGMLQuantizationType
-        fits = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kinds[kind]][0] == 0  # whole blocks, as dt_proj has not
-        to = (kinds[kind] if fits else kinds.F16) if matrix else kinds.F32
-        data = np.ascontiguousarray(tensor.detach().float().numpy())
-        writer.add_tensor(name, gguf.quants.quantize(data, to), raw_dtype=to)
-
-    add("token_embd.weight", model.backbone.embedding.weight, matrix=True)  # the head too
-    add("output_norm.weight", model.backbone.norm_f.weight)
-    for i, layer in enumerate(model.backbone.layers):
-        m, at = layer.mixer, f"blk.{i}"
-        add(f"{at}.attn_norm.weight", layer.norm.weight)
-        for name, matrix in (("in", m.in_proj), ("x", m.x_proj), ("dt", m.dt_proj), ("out", m.out_proj)):
-            add(f"{at}.ssm_{name}.weight", matrix.weight, matrix=True)
-        add(f"{at}.ssm_conv1d.weight", m.conv1d.weight.squeeze(1))
-        add(f"{at}.ssm_conv1d.bias", m.conv1d.bias)
-        add(f"{at}.ssm_dt.bias", m.dt_proj.bias)
-        add(f"{at}.ssm_a", -torch.exp(m.A_log))
-        add(f"{at}.ssm_d", m.D)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 class Llama:
     """A GGUF file in llama.cpp, on as many threads as torch has."""
 
@@ -157,7 +120,7 @@ def peers(report, names, folder):
     want = read(original, ids).numpy()
     for name in names:
         path = os.path.join(folder, f"{PEERS[name]}.gguf")
-        write_gguf(path, original, PEERS[name])
+        save(original, path, dtype=PEERS[name])
         found[name] = Llama(path)
         got = found[name].read(ids[0].tolist())
         alike, same = np.corrcoef(want, got)[0, 1], int(want.argmax()) == int(got.argmax())

@@ -14,7 +14,8 @@ import torch
 
 from anymamba import MambaConfig, checkpoint, explain
 from anymamba.cli import doctor, warmup
-from anymamba.cli.generate import DEFAULT_MODEL, Options, _answer
+from anymamba.cli.generate import DEFAULT_MODEL, Options
+from anymamba.cli.talk import _answer
 from anymamba.data import load_tokenizer
 from anymamba.generate import SamplingConfig, generate
 from anymamba.train import evaluate, load_run
@@ -138,7 +139,8 @@ def test_interrupted_answer_leaves_a_state_that_has_read_it(trained, capsys):
         yield Event
         raise KeyboardInterrupt
 
-    state = _answer(model, [66, 67], events(), None)
+    ids, text, state = _answer(model, [66, 67], events(), None)
+    assert (ids, text) == ([65], "A")
     with torch.no_grad():
         want = model(torch.tensor([[66, 67, 65]])).state
     assert torch.equal(state.layers[1].ssm, want.layers[1].ssm)

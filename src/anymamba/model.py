@@ -299,15 +299,14 @@ class MambaLM(nn.Module):
 
         The sample is rounded to bfloat16, so that a model and its bfloat16 copy share their states.
         """
-        config = self.config.to_dict()
-        if config["inner_norm_eps"] is None:  # as before this key was there, so that older states keep their model
-            del config["inner_norm_eps"]
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        config = self.backbone.layers[0].mixer.config  # as it was made: a tokenizer may have cut the vocabulary since
+        changed = {k: v for k, v in config.to_dict().items() if v != getattr(MambaConfig, k)}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
         for name, p in sorted([*self.named_parameters(), *self.named_buffers()]):  # quantised weights are buffers
             sample = p.flatten()[:: max(1, p.numel() // 64)]
             digest.update(name.encode() + sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
-        c = self.config
-        return f"mamba d_model={c.d_model} n_layer={c.n_layer} vocab_size={c.vocab_size} {digest.hexdigest()[:12]}"
+        sizes = f"d_model={config.d_model} n_layer={config.n_layer} vocab_size={config.vocab_size}"
+        return f"mamba {sizes} {digest.hexdigest()[:12]}"
 
     # ---- files: handed over to the room above ----
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from anymamba.checkpoint import folder, hf, hub, native, state_spaces
+from anymamba.checkpoint import folder, gguf, hf, hub, native, state_spaces
 from anymamba.checkpoint.assemble import assemble
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
@@ -21,7 +21,8 @@ from anymamba.model import MambaLM
 
 __all__ = ["FORMATS", "load", "load_config", "locate", "save"]
 
-FORMATS: dict[str, ModuleType] = {"native": native, "state-spaces": state_spaces, "hf": hf}
+FORMATS: dict[str, ModuleType] = {"native": native, "state-spaces": state_spaces, "hf": hf,
+                                  "gguf": gguf}  # fmt: skip
 _OTHERS = {"mamba2": "Mamba-2", "jamba": "Jamba", "bamba": "Bamba", "zamba": "Zamba", "zamba2": "Zamba2",
            "falcon_h1": "Falcon-H1"}  # fmt: skip
 
@@ -54,7 +55,8 @@ def load_config(name_or_path: str | os.PathLike, revision: str | None = None) ->
 
 
 def save(model: MambaLM, path: str | os.PathLike, format: str = "native") -> None:
-    """Write a model in one of FORMATS to a folder, made if missing; each file atomically.
+    """Write a model in one of FORMATS to a folder, made if missing; each file atomically. "gguf" is one file,
+    path if its name ends in .gguf, else `model.gguf` in that folder; see `checkpoint.gguf.save` for its tokenizer.
 
     Raises AnymambaError if it cannot be written, the disk is full, the model is quantised, or the format cannot hold
     it.
@@ -79,12 +81,20 @@ def locate(name_or_path: str | os.PathLike, revision: str | None = None, *, weig
         if revision is not None:
             raise AnymambaError(f"revision={revision!r} goes with a name on the hub, and {path} is a path: drop it")
         inside = path.name.startswith(("config.json", folder.SAFETENSORS, folder.BIN)) and path.is_file()
-        return path.parent if inside else path
+        return path.parent if inside else _only_gguf(path)
     path = hub.fetch_small(*name)
     format_of(path).read_config(path)
     if weights:
         hub.fetch_weights(name[0], path)
     return path
+
+
+def _only_gguf(path: Path) -> Path:
+    """The GGUF file in a folder that holds one and no other model, else the path itself."""
+    if not path.is_dir() or (path / folder.CONFIG).is_file():
+        return path
+    found = [file for file in path.glob("*.gguf") if gguf.matches(file)]
+    return found[0] if len(found) == 1 else path
 
 
 def format_of(path: Path) -> ModuleType:

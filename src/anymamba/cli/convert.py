@@ -15,11 +15,13 @@ from anymamba.checkpoint.hub import TOKENIZER_FILES
 from anymamba.data import ByteTokenizer, load_tokenizer
 from anymamba.data.byte_level import byte_level_tokenizer
 from anymamba.errors import AnymambaError
+from anymamba.model import MambaLM
 
 DESCRIPTION = """Write a model in another format, for other software or for less room; its tokenizer travels along.
 
 examples:
   anymamba convert runs/NAME for-transformers --to hf
+  anymamba convert runs/NAME book.gguf --to gguf --dtype q8_0   for llama.cpp, its tokenizer in the file
   anymamba convert runs/NAME half --to native --dtype bfloat16
   anymamba convert state-spaces/mamba-130m mine --to native     from the Hugging Face hub
   anymamba convert tiiuae/falcon-mamba-7b@main falcon --to native --dtype bfloat16
@@ -29,9 +31,9 @@ examples:
 @dataclass
 class Options:
     model: Annotated[Positional[str], arg(metavar="MODEL")]  # folder of a run or model of any format, or a hub name
-    out: Annotated[Positional[str], arg(metavar="OUT")]  # folder to write
-    to: Literal[tuple(checkpoint.FORMATS)]  # native; hf, for transformers; state-spaces, for mamba-ssm
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; as they are if none
+    out: Annotated[Positional[str], arg(metavar="OUT")]  # folder to write, or a file that ends in .gguf
+    to: Literal[tuple(checkpoint.FORMATS)]  # native; hf, for transformers; state-spaces, for mamba-ssm; gguf, llama.cpp
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None  # of the weights; q8_0 goes with gguf
     force: bool = False  # write into a folder that is not empty
 
 
@@ -42,18 +44,39 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(f"{out} is the model itself: choose another folder to write")
     if out.is_dir() and any(out.iterdir()) and not options.force:
         raise AnymambaError(f"{out} is not empty: choose another folder, or --force to overwrite the model in it")
+    if out.is_file() and not options.force:
+        raise AnymambaError(f"{out} is a file: choose another name, or --force to overwrite it")
+    if options.dtype == "q8_0" and options.to != "gguf":
+        raise AnymambaError(
+            "--dtype q8_0 goes with --to gguf; --quantize makes integers of other formats when they load"
+        )
     begin = time.perf_counter()
-    model = checkpoint.load(source, dtype=options.dtype and getattr(torch, options.dtype))
+    whole = options.dtype in (None, "q8_0")
+    model = checkpoint.load(source, dtype=None if whole else getattr(torch, options.dtype))
     loaded = time.perf_counter()
+    names = (_save_gguf if options.to == "gguf" else _save_folder)(model, source, out, options)
+    files = [out] if out.is_file() else [v for v in out.iterdir() if v.suffix in (".safetensors", ".bin", ".gguf")]
+    print(f"{model.num_params():,} parameters, {sum(v.stat().st_size for v in files) / 1e6:,.1f} MB in {out}")
+    print(f"time        read in {loaded - begin:.1f} s, written in {time.perf_counter() - loaded:.1f} s")
+    print(f"tokenizer   {', '.join(names) or 'none beside the model'}")
+    return 0
+
+
+def _save_folder(model: MambaLM, source: Path, out: Path, options: Options) -> list[str]:
+    """Writes model and tokenizer; the names of the tokenizer's files."""
     checkpoint.save(model, out, options.to)
     names = _copy_tokenizer(source, out)
     if options.to == "hf" and "tokenizer.json" in names:
         _tell_transformers(out)
-    size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".bin"))
-    print(f"{model.num_params():,} parameters, {size / 1e6:,.1f} MB in {out}")
-    print(f"time        read in {loaded - begin:.1f} s, written in {time.perf_counter() - loaded:.1f} s")
-    print(f"tokenizer   {', '.join(names) or 'none beside the model'}")
-    return 0
+    return names
+
+
+def _save_gguf(model: MambaLM, source: Path, out: Path, options: Options) -> list[str]:
+    """Writes one file; what it has of the tokenizer."""
+    has = source.is_file() or (source / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(source) if has else None
+    checkpoint.gguf.save(model, out, dtype=options.dtype and options.dtype.upper(), tokenizer=tokenizer)
+    return [f"{tokenizer.name}, in the file"] if has else []
 
 
 def _copy_tokenizer(source: Path, out: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from anymamba.cli.state import check_output, load_one
+from anymamba.cli.talk import talk, write
 from anymamba.data import Tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, TokenEvent, generate, read, speculate, stream
@@ -32,6 +32,7 @@ examples:
   anymamba generate runs/NAME --interactive               the model remembers the whole conversation
   anymamba generate runs/NAME --state book.state          goes on with what `anymamba state read` has read
   anymamba generate runs/NAME --interactive --save-state talk.state
+  anymamba generate MODEL --interactive --system "You answer in rhyme."   if the model has a chat template
   anymamba generate runs/BIG --draft runs/SMALL           the small model guesses, the big one checks
   anymamba generate runs/NAME --lookup --prompt - < code  guesses from the text so far
 """
@@ -47,6 +48,8 @@ class Options:
     save_state: str | None = None  # file to write: what the model has read after its answer
     force: bool = False  # let --save-state overwrite a file
     interactive: bool = False  # turn by turn; Ctrl-C stops an answer, Ctrl-D ends
+    chat: bool = True  # talk in the model's chat template if it has one
+    system: str | None = None  # what the chat begins with: who the model is to be
     echo: bool = True  # print the prompt before what follows
     tokenizer: str | None = None  # the run's own if none
     quantize: Literal["int8", "int4"] | None = None  # weights as integers: faster on a CPU, a little less exact
@@ -85,6 +88,8 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"
         )
+    if options.system is not None and not options.interactive:
+        raise AnymambaError("--system begins a conversation: add --interactive, or drop it")
     if options.save_state is not None:
         if options.n != 1:
             raise AnymambaError(f"--save-state with --n {options.n}: a file holds the state after one answer, drop one")
@@ -95,10 +100,20 @@ def main(argv: list[str]) -> int:
     state, logits = (None, None) if options.state is None else load_one(options.state, model)
     sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     if options.interactive:
-        _talk(model, tokenizer, options, state)
+        _interactive(model, tokenizer, options, state)
     else:
         _continue(model, tokenizer, options, state, logits)
     return 0
+
+
+def _interactive(model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None) -> None:
+    chat = options.chat and tokenizer.special.chat_template is not None
+    if options.system is not None and not chat:
+        why = "--no-chat goes without" if not options.chat else f"the tokenizer {tokenizer.name!r} has no"
+        raise AnymambaError(f"--system is a message in a chat template, and {why} one: drop --system")
+    state = talk(model, state, chat=chat, system=options.system, seed=options.seed, **_rules(tokenizer, options))
+    if state is not None and options.save_state is not None:
+        state.save(options.save_state, model)  # without what comes next: it is the person's turn
 
 
 def _continue(
@@ -118,23 +133,23 @@ def _continue(
     said, echo = [], text if options.echo else ""
 
     def say(event: TokenEvent) -> None:
-        _write(event.text if said else echo + event.text)
+        write(event.text if said else echo + event.text)
         said.append(event.id)
 
     try:
         if options.draft is not None or options.lookup:
             draft = None if options.draft is None else _load_draft(options, tokenizer)
             out = speculate(model, prompt, draft=draft, k=options.guesses, on_token=say, **start)
-            _write("\n")
+            write("\n")
             told = f"{out.accepted} of {out.proposed} guesses right ({out.acceptance:.0%})"
             print(f"{told}, {out.tokens_per_pass:.2f} tokens a pass", file=sys.stderr)
         else:
             events = stream(model, prompt, **start)  # refuses before we write
-            _write(echo)
+            write(echo)
             echo = ""  # it may stand there long before the first token
             for event in events:
                 say(event)
-            _write("\n")
+            write("\n")
     finally:  # Ctrl-C keeps what was said so far
         if said and options.save_state is not None:
             read(model, prompt + said, state).save(options.save_state, model)
@@ -147,43 +162,6 @@ def _load_draft(options: Options, tokenizer: Tokenizer) -> MambaLM:
     return draft
 
 
-def _talk(model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None) -> None:
-    turn = 0
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            _write("\n")
-            break
-        prompt = tokenizer.encode(line + "\n").tolist()
-        events = stream(model, prompt, state=state, seed=options.seed + turn, **_rules(tokenizer, options))
-        state = _answer(model, prompt, events, state)
-        turn += 1
-    if state is not None and options.save_state is not None:
-        state.save(options.save_state, model)  # without what comes next: it is the person's turn
-
-
-def _answer(model: MambaLM, prompt: list[int], events: Iterator[TokenEvent], before: MambaState | None) -> MambaState:
-    """Print the answer; the state after it. Ctrl-C ends it early, and the model then knows what it has said so far."""
-    ids = list(prompt)
-    try:
-        for event in events:
-            ids.append(event.id)
-            _write(event.text)
-            if event.completion is not None:
-                _write("\n")
-                return event.completion.state
-    except KeyboardInterrupt:
-        _write(" …\n")
-    return read(model, ids, before).state
-
-
 def _rules(tokenizer: Tokenizer, options: Options) -> dict:
-    stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return {"max_new_tokens": options.max_new_tokens, "sampling": options.sampling(), "stop_ids": stop_ids,
-            "stop_strings": options.stop, "tokenizer": tokenizer}  # fmt: skip
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    return {"max_new_tokens": options.max_new_tokens, "sampling": options.sampling(),
+            "stop_ids": list(tokenizer.eos_ids), "stop_strings": options.stop, "tokenizer": tokenizer}  # fmt: skip

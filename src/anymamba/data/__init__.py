@@ -6,8 +6,9 @@ ids, labels = Batches(data.train, batch_size=8, seqlen=512).batch(step=0)
 """
 
 from anymamba.data.batches import Batches, cu_seqlens_at_eos, heldout_batches
+from anymamba.data.bpe import train_bpe
 from anymamba.data.corpus import Document, documents
-from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
+from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 from anymamba.data.tokens import TokenData, prepare
 
 __all__ = [

@@ -1,15 +1,19 @@
-"""Text to token ids and back: bytes, or any `tokenizer.json` of the `tokenizers` library."""
+"""Text to token ids and back: bytes, or any `tokenizer.json` of the `tokenizers` library, from wherever it is."""
 
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from anymamba.checkpoint import gguf
+from anymamba.checkpoint.gguf_vocabulary import read_tokenizer
+from anymamba.checkpoint import hub
+from anymamba.data import chat
 from anymamba.data.corpus import close_match
+from anymamba.data.special import CONFIG, GENERATION, MAP, TEMPLATE, Special, read_special, special
 from anymamba.errors import AnymambaError
 
 FILE_NAME = "tokenizer.json"
@@ -23,6 +27,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eos_id: int | None = 256
+    eos_ids: tuple[int, ...] = (256,)
+    special = Special()
     fingerprint = "bytes"  # equal fingerprints give equal ids
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -41,18 +47,27 @@ class ByteTokenizer:
         ids = _as_ids(ids, self)
         return ids[ids != self.eos_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> str:
+        """Raises AnymambaError: bytes have no chat template."""
+        return _chat(self, messages, add_generation_prompt)
+
+    def to_json(self) -> str:
+        """A marker that `load_tokenizer` understands."""
+        return json.dumps({"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id})
+
     def save(self, folder: Path) -> None:
-        """Write a marker that `load_tokenizer(folder)` understands."""
-        _write_json(Path(folder), json.dumps({"type": "bytes", "vocab_size": self.vocab_size, "eos_id": self.eos_id}))
+        """Write the marker as `tokenizer.json` into `folder`."""
+        _save(self, Path(folder))
 
 
 class JsonTokenizer:
     """A `tokenizers.Tokenizer`, as kept in the `tokenizer.json` next to published checkpoints.
 
-    `eos_id` is the first of EOS_NAMES among its added tokens, or None.
+    `eos_ids` end a text, `eos_id` is the first of them or None: those that `special` names, or else the first of
+    EOS_NAMES among the added tokens. Raises AnymambaError if `special` names tokens that do not exist.
     """
 
-    def __init__(self, tokenizer, name: str = FILE_NAME):
+    def __init__(self, tokenizer, name: str = FILE_NAME, special: Special | None = None):
         # Settings for padded batches in a tokenizer.json would silently shorten or pad a corpus.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -61,25 +76,48 @@ class JsonTokenizer:
         self.name = name
         # The embedding needs a row up to the highest id; ids may have gaps, so counting them is not enough.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_id: int | None = next((added[name] for name in EOS_NAMES if name in added), None)
+        self.special = special or Special()
+        self.eos_ids = self._ends(added)
+        self.eos_id: int | None = self.eos_ids[0] if self.eos_ids else None
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
         self._dtype = dtype_for(self.vocab_size)
 
+    def _ends(self, added: dict[str, int]) -> tuple[int, ...]:
+        named = self.special.tokens.get("eos_token")
+        if named is None:
+            first = [] if self.special.eos_ids else [added[name] for name in EOS_NAMES if name in added][:1]
+        else:
+            first = [self._tokenizer.token_to_id(named)]
+        ids = tuple(dict.fromkeys([*first, *self.special.eos_ids]))
+        if any(i is None or i >= self.vocab_size for i in ids):
+            raise AnymambaError(
+                f"{self.name}: the files beside it say that {named!r} and the ids {list(self.special.eos_ids)} end a "
+                f"text, but its vocabulary of {self.vocab_size} has no such token; take all files from one model"
+            )
+        return ids
+
     @classmethod
     def from_file(cls, path: Path) -> "JsonTokenizer":
-        """Read a `tokenizer.json`. Raises AnymambaError when it is not one."""
+        """Read a `tokenizer.json` and what stands beside it. Raises AnymambaError when it is not one."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except PermissionError as error:
+            raise AnymambaError(f"{path}: permission denied; make the file readable for this user") from error
+        except UnicodeDecodeError as error:
+            raise _no_tokenizer(path, error) from error
+        return cls.from_json(text, str(path), read_special(path.parent) if path.name == FILE_NAME else None)
+
+    @classmethod
+    def from_json(cls, text: str, name: str, special: Special | None = None) -> "JsonTokenizer":
+        """The tokenizer of a `tokenizer.json`'s text. Raises AnymambaError when it is not one."""
         import tokenizers
 
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except PermissionError as error:
-            raise AnymambaError(f"{path}: permission denied; make the file readable for this user") from error
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for anything that it cannot parse
-            raise AnymambaError(
-                f"{path}: not a tokenizer.json of the `tokenizers` library ({error}); "
-                "give the file of that name from a Hugging Face model, or 'bytes'"
-            ) from error
-        return cls(tokenizer, name=str(path))
+            raise _no_tokenizer(name, error) from error
+        return cls(tokenizer, name, special)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ids of `text`, shape (t,), uint16 (uint32 past 65536 tokens); no special token is added.
@@ -94,73 +132,70 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens dropped. Raises AnymambaError for an id outside the vocabulary."""
-        return self._tokenizer.decode(_as_ids(ids, self).tolist(), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of `ids`, special tokens dropped or not. Raises AnymambaError for an id outside the vocabulary."""
+        return self._tokenizer.decode(_as_ids(ids, self).tolist(), skip_special_tokens=not special)
+
+    def chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained on, by its chat template; encode it as any other.
+
+        `messages` are dicts with "role" and "content"; with `add_generation_prompt` the text ends where the model is to
+        answer. Raises AnymambaError if there is no template, or it is broken or refuses the messages.
+        """
+        return _chat(self, messages, add_generation_prompt)
+
+    def to_json(self) -> str:
+        """The text of its `tokenizer.json`."""
+        return self._tokenizer.to_str(pretty=True)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` into `folder`."""
-        _write_json(Path(folder), self._tokenizer.to_str(pretty=True))
+        """Write `tokenizer.json` into `folder`, and beside it the special tokens and the template if there are any.
+
+        Such files of another tokenizer, which would speak for this one, are removed.
+        """
+        _save(self, Path(folder))
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", a `tokenizer.json`, or a folder that holds one.
+    """The tokenizer that `spec` names: "bytes", a `tokenizer.json`, a folder that holds one, a GGUF file that does, or
+    a model on the Hugging Face Hub, "owner/name" or "owner/name@revision".
 
     Raises AnymambaError when there is none, or it cannot be read.
     """
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
+    if (name := hub.hub_name(str(spec), None)) is not None:
+        path = hub.fetch_small(*name)
+        if not (path / FILE_NAME).is_file():
+            raise AnymambaError(f"{spec} has no {FILE_NAME} on the Hub (or none in its cache, if offline): give "
+                                "--tokenizer another model's, as state-spaces' have EleutherAI/gpt-neox-20b")  # fmt: skip
+    if gguf.matches(path):
+        return _from_gguf(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
         close = close_match(path)
         raise AnymambaError(
             f"no tokenizer at {path}{f' (did you mean {close}?)' if close else ''}; "
-            "give 'bytes', the path of a tokenizer.json, or a folder that holds one"
+            "give 'bytes', the path of a tokenizer.json, or a folder or a model on the Hub that holds one"
         )
-    if path.stat().st_size < 1024 and _is_byte_marker(path):
+    if path.stat().st_size < 1024 and _is_byte_marker(path.read_bytes()):
         return ByteTokenizer()
     return JsonTokenizer.from_file(path)
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int, out: Path) -> JsonTokenizer:
-    """Train byte-level BPE on `documents` and write it to `out`, a file, or a folder that gets a `tokenizer.json`.
-
-    `vocab_size` counts the 256 bytes and `<|endoftext|>`. Raises AnymambaError when it is below that, or there is no
-    text; warns when the text is too short for that many tokens.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 1:
-        raise AnymambaError(
-            f"train_bpe: vocab_size={vocab_size}, but the 256 bytes and <|endoftext|> alone are {len(alphabet) + 1}; "
-            "ask for more, 4096 is usual for a small corpus, or use the 'bytes' tokenizer"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=True
+def _from_gguf(path: Path) -> Tokenizer:
+    contents = read_tokenizer(path)
+    text = contents[FILE_NAME]
+    return (
+        ByteTokenizer()
+        if _is_byte_marker(text)
+        else JsonTokenizer.from_json(text, str(path), special(contents, str(path)))
     )
-    tokenizer.train_from_iterator(_not_empty(documents), trainer)
-    trained = JsonTokenizer(tokenizer, name=str(out))
-    if trained.vocab_size < vocab_size:
-        warnings.warn(
-            f"train_bpe: the text holds pairs for {trained.vocab_size} tokens only, not for {vocab_size}; "
-            "the tokenizer is the smaller one",
-            stacklevel=2,
-        )
-    out = Path(out)
-    if out.suffix == ".json":
-        _write_json(out.parent, tokenizer.to_str(pretty=True), out.name)
-    else:
-        trained.save(out)
-    return trained
 
 
 class StreamDecoder:
@@ -236,25 +271,45 @@ def _as_ids(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
     return ids
 
 
-def _is_byte_marker(path: Path) -> bool:
+def _is_byte_marker(text: str | bytes) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # JsonTokenizer.from_file says what is wrong with it
+        content = json.loads(text)
+    except ValueError:
+        return False  # JsonTokenizer says what is wrong with it
     return isinstance(content, dict) and content.get("type") == "bytes"
 
 
-def _write_json(folder: Path, text: str, name: str = FILE_NAME) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{name}.{os.getpid()}.tmp"
+def _no_tokenizer(name: str | Path, error: Exception) -> AnymambaError:
+    return AnymambaError(
+        f"{name}: not a tokenizer.json of the `tokenizers` library ({error}); "
+        "give the file of that name from a Hugging Face model, or 'bytes'"
+    )
+
+
+def _chat(tokenizer: Tokenizer, messages: Sequence[chat.Message], add_generation_prompt: bool) -> str:
+    kept = tokenizer.special
+    if kept.chat_template is None:
+        raise AnymambaError(
+            f"the tokenizer {tokenizer.name!r} has no chat template: give the model plain text, or put a "
+            f"{TEMPLATE} beside its {FILE_NAME}"
+        )
+    return chat.render(kept.chat_template, messages, add_generation_prompt, kept.tokens)
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    kept = tokenizer.special
+    write_text(folder / FILE_NAME, tokenizer.to_json())
+    beside = {CONFIG: kept.config(), GENERATION: {"eos_token_id": list(kept.eos_ids)} if kept.eos_ids else {}}
+    for name in (CONFIG, GENERATION, MAP, TEMPLATE):
+        if beside.get(name):
+            write_text(folder / name, json.dumps(beside[name], ensure_ascii=False, indent=2))
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / name)
-
-
-def _not_empty(documents: Iterable[str]) -> Iterator[str]:
-    seen = False
-    for text in documents:
-        seen = seen or bool(text)
-        yield text
-    if not seen:
-        raise AnymambaError("train_bpe: the documents hold no text; give at least one that is not empty")
+    os.replace(temporary, path)

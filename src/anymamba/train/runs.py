@@ -17,12 +17,14 @@ def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[Mamb
     """The model of a run, or any that `checkpoint.load` takes, and its tokenizer, or the one that `tokenizer` names.
     Adapters are merged in.
 
-    Raises AnymambaError if either is missing or damaged, or if they do not belong together.
+    Published models count the rows that only round their embedding up as vocabulary; here it becomes that of the
+    tokenizer, so that no id without a meaning is ever sampled. Raises AnymambaError if either is missing or damaged,
+    or if they do not belong together.
     """
     path = checkpoint.locate(run)
     model, tokens = (lora if lora.matches(path) else checkpoint).load(path), load_tokenizer(tokenizer or path)
     config = model.config
-    spare = config.padded_vocab_size - tokens.vocab_size
+    spare = (config.vocab_size or 0) - tokens.vocab_size
     rounded = config.pad_vocab_size_multiple
     most = rounded if rounded > 1 else PADDING  # not every config says how its vocabulary was rounded up
     if spare < 0 or (spare >= most and tokenizer is not None):
@@ -30,6 +32,8 @@ def load_run(run: str | Path, tokenizer: str | Path | None = None) -> tuple[Mamb
             f"the tokenizer {tokens.name!r} has {tokens.vocab_size} tokens and the model {run} knows "
             f"{config.vocab_size or 0}: give the model's own with --tokenizer"
         )
+    if spare:
+        model.config = config.replace(vocab_size=tokens.vocab_size, pad_vocab_size_multiple=config.padded_vocab_size)
     return model, tokens
 
 
