@@ -47,9 +47,7 @@ def main(argv: list[str]) -> int:
     if out.is_file() and not options.force:
         raise AnymambaError(f"{out} is a file: choose another name, or --force to overwrite it")
     if options.dtype == "q8_0" and options.to != "gguf":
-        raise AnymambaError(
-            "--dtype q8_0 goes with --to gguf; --quantize makes integers of other formats when they load"
-        )
+        raise AnymambaError("--dtype q8_0 goes with --to gguf; --quantize makes integers of others as they load")
     begin = time.perf_counter()
     whole = options.dtype in (None, "q8_0")
     model = checkpoint.load(source, dtype=None if whole else getattr(torch, options.dtype))
@@ -75,7 +73,7 @@ def _save_gguf(model: MambaLM, source: Path, out: Path, options: Options) -> lis
     """Writes one file; what it has of the tokenizer."""
     has = source.is_file() or (source / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(source) if has else None
-    checkpoint.gguf.save(model, out, dtype=options.dtype and options.dtype.upper(), tokenizer=tokenizer)
+    checkpoint.gguf.save(model, out, dtype="Q8_0" if options.dtype == "q8_0" else None, tokenizer=tokenizer)
     return [f"{tokenizer.name}, in the file"] if has else []
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from anymamba.checkpoint import gguf
+from anymamba.checkpoint import gguf, hub
 from anymamba.checkpoint.gguf_vocabulary import read_tokenizer
-from anymamba.checkpoint import hub
 from anymamba.data import chat
 from anymamba.data.corpus import close_match
 from anymamba.data.special import CONFIG, GENERATION, MAP, TEMPLATE, Special, read_special, special
@@ -171,8 +170,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if (name := hub.hub_name(str(spec), None)) is not None:
         path = hub.fetch_small(*name)
         if not (path / FILE_NAME).is_file():
-            raise AnymambaError(f"{spec} has no {FILE_NAME} on the Hub (or none in its cache, if offline): give "
-                                "--tokenizer another model's, as state-spaces' have EleutherAI/gpt-neox-20b")  # fmt: skip
+            raise AnymambaError(
+                f"{spec} has no {FILE_NAME} on the Hub (or none in its cache, if offline): give --tokenizer another "
+                "model's that has it, as state-spaces' have EleutherAI/gpt-neox-20b"
+            )
     if gguf.matches(path):
         return _from_gguf(path)
     if path.is_dir():
