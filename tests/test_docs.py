@@ -1,4 +1,4 @@
-"""The examples and commands of docs/inference.md run, and its figures are those of the results."""
+"""The examples and commands of the pages in docs/ run, and the figures of one are those of the results."""
 
 import json
 import re
@@ -6,23 +6,64 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from anymamba import MambaConfig, MambaLM
+from anymamba.data import ByteTokenizer
 from conftest import REPO
 
 PAGE = REPO / "docs" / "inference.md"
 BOOKS = REPO / "src" / "anymamba" / "models" / "books"
-EXAMPLES = re.findall(r"<!-- example -->\n```python\n(.*?)```", PAGE.read_text(), re.S)
 [COMMANDS] = re.findall(r"<!-- commands -->\n```sh\n(.*?)```", PAGE.read_text(), re.S)
+CHECKPOINTS = REPO / "docs" / "checkpoints.md"
+PAGES = {"inference": 6, "checkpoints": 3}  # and their examples
 
 
-def test_every_python_block_is_an_example():
-    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 6
+def examples(page):
+    return re.findall(r"<!-- example -->\n```python\n(.*?)```", (REPO / "docs" / f"{page}.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with a small model, some text, and tasks."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(PAGE), "exec"), {})
+    torch.manual_seed(0)
+    MambaLM(MambaConfig(d_model=32, n_layer=2)).save_pretrained("runs/NAME")
+    ByteTokenizer().save(tmp_path / "runs" / "NAME")
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60
+    for name in ("book.txt", "notes/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "tasks").mkdir()
+    for task in ("arc_easy", "piqa"):
+        row = {"query": "It was the", "choices": ["best", "age"], "gold": 0}
+        (tmp_path / "tasks" / f"{task}.jsonl").write_text(f"{json.dumps(row)}\n" * 5)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "count"), PAGES.items())
+def test_every_python_block_is_an_example(page, count):
+    assert len(examples(page)) == (REPO / "docs" / f"{page}.md").read_text().count("```python") == count
+
+
+@pytest.mark.parametrize(("page", "i"), [(page, i) for page, count in PAGES.items() for i in range(count)])
+def test_examples_run(page, i, folder):
+    code = examples(page)[i]
+    for name in re.findall(r"^from (transformers|peft)", code, re.M):
+        pytest.importorskip(name)
+    exec(compile(code, f"{page}.md", "exec"), {})
+
+
+@pytest.mark.parametrize("job", re.findall(r"^## (.*?)$(?=\n\n<!-- commands -->)", CHECKPOINTS.read_text(), re.M))
+def test_commands_of_a_job_run(job, command, folder):
+    for package in {"Fine-tune": ["peft"], "Convert": ["gguf"], "Export": ["onnx", "onnxscript"]}.get(job, []):
+        pytest.importorskip(package)
+    [lines] = re.findall(rf"## {job}\n\n<!-- commands -->\n```sh\n(.*?)```", CHECKPOINTS.read_text(), re.S)
+    for line in lines.splitlines():
+        program, *arguments = shlex.split(line)
+        code, out, err = command(*arguments)
+        assert (program, code) == ("anymamba", 0), (line, err)
+        assert out or err, line
 
 
 def test_commands_run(command, tmp_path, monkeypatch):
@@ -36,8 +77,10 @@ def test_commands_run(command, tmp_path, monkeypatch):
     assert (tmp_path / "later.state").stat().st_size < 2_000_000
 
 
-def test_every_file_linked_exists():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()) if not link.startswith("http")]
+@pytest.mark.parametrize("page", ["inference", "checkpoints"])
+def test_every_file_linked_exists(page):
+    text = (REPO / "docs" / f"{page}.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     missing = [link for link in links if not (PAGE.parent / link).exists()]
     assert links
     assert missing == []

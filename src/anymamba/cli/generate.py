@@ -41,9 +41,8 @@ examples:
 @dataclass
 class Options:
     run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # run, model or hub name; a small one if none
-    prompt: str | None = (
-        None  # text to continue; - reads standard input; without one the model begins a text, or goes on with --state
-    )
+    # text to continue; - reads standard input; without one the model begins a text, or goes on with --state
+    prompt: str | None = None
     state: str | None = None  # file of what the model has read before, from `anymamba state read` or --save-state
     save_state: str | None = None  # file to write: what the model has read after its answer
     force: bool = False  # let --save-state overwrite a file
