@@ -4,10 +4,12 @@ from torch import Tensor, nn
 
 from anymamba.ops import add_rms_norm
 
+AUTOCAST = ("cpu", "cuda", "xpu", "mps")  # torch would tell, but its compiler cannot see through that in all versions
+
 
 def compute_dtype(device_type: str, default: torch.dtype) -> torch.dtype:
     """The dtype that autocast asks for on such a device, or `default` outside of it."""
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type in AUTOCAST and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else default
 
 
