@@ -411,6 +411,9 @@ def test_paths(hf, tmp_path):
     refuses(hf, f"revision='main' goes with a name on the hub, and {hf} is a path: drop it", revision="main")
     (tmp_path / "codestral").mkdir()
     (tmp_path / "codestral" / "params.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refuses(tmp_path / "adapter", "holds an adapter, not a model: anymamba.lora.load puts it on its model")
     refuses(tmp_path / "codestral", "has a params.json, as Codestral Mamba has: not supported yet: Mamba-2")
 
 

@@ -107,6 +107,9 @@ def format_of(path: Path) -> ModuleType:
     if (path / "params.json").is_file() and not (path / folder.CONFIG).is_file():
         raise AnymambaError(f"{path} has a params.json, as Codestral Mamba has: not supported yet: Mamba-2; anymamba "
                             "runs Mamba-1 language models")  # fmt: skip
+    if (path / "adapter_config.json").is_file() and not (path / folder.CONFIG).is_file():
+        raise AnymambaError(f"{path} holds an adapter, not a model: anymamba.lora.load puts it on its model, and the "
+                            "command anymamba merge writes the two as one")  # fmt: skip
     settings = folder.read_settings(path)
     if kind := settings.get("model_type"):
         raise AnymambaError(f"{path}: not supported yet: {_OTHERS.get(kind, 'model_type')} ({kind!r}); anymamba runs "
