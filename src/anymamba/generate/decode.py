@@ -14,9 +14,10 @@ from torch import Tensor
 
 from anymamba.backends import explain
 from anymamba.generate.rows import read
+from anymamba.layers.linear import is_watched
 from anymamba.layers.loss import is_bare
 from anymamba.layers.quantized import QuantizedLinear
-from anymamba.layers.step import Integers, block_weights, is_plain, is_watched, matrix
+from anymamba.layers.step import Integers, block_weights, is_plain, matrix
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
 

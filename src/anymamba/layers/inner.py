@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from anymamba.backends import choose
-from anymamba.layers.linear import Linear, StepProjection
+from anymamba.layers.linear import Linear, StepProjection, is_watched
 from anymamba.layers.norm import compute_dtype
 from anymamba.ops import bounds, check_conv, check_state, float32, up_to_float32
 from anymamba.registration import kernel
@@ -67,8 +67,7 @@ def _own(scan):
 
 
 def _alone(module):
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if type(module) not in (Linear, StepProjection, nn.Conv1d) or "forward" in module.__dict__ or any(hooks):
+    if type(module) not in (Linear, StepProjection, nn.Conv1d) or is_watched(module):
         return False
     return all(type(v) in (Tensor, nn.Parameter) for v in (module.weight, module.bias) if v is not None)
 

@@ -14,7 +14,7 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from anymamba.backends import GPUS, explain
 from anymamba.errors import AnymambaError
-from anymamba.layers.linear import Linear
+from anymamba.layers.linear import Linear, is_watched
 from anymamba.layers.norm import compute_dtype
 
 IGNORE = -100  # labels that are not counted
@@ -46,9 +46,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 def is_bare(head: nn.Module) -> bool:
     """Whether `head` is a plain linear layer, whose weight is all that it does: nothing replaces or listens to it."""
-    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
     plain = type(head) in (nn.Linear, Linear) and head.bias is None and type(head.weight) in (nn.Parameter, Tensor)
-    return plain and not any(hooks)
+    return plain and not is_watched(head)
 
 
 @impl("anymamba::linear_cross_entropy", "default")

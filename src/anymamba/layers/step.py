@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.layers.block import Block
-from anymamba.layers.linear import Linear, StepProjection
+from anymamba.layers.linear import Linear, StepProjection, is_watched
 from anymamba.layers.mamba import MambaMixer
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.quantized import QuantizedLinear
@@ -70,12 +70,7 @@ _TYPES = {Block, RMSNorm, MambaMixer, Linear, StepProjection, QuantizedLinear, n
 def is_plain(part: nn.Module) -> bool:
     """Whether the parameters of a part of the model are all that it does."""
     for module in part.modules():
-        if type(module) not in _TYPES or "forward" in module.__dict__ or is_watched(module):
+        if type(module) not in _TYPES or is_watched(module):
             return False
     tensors = (*part.parameters(), *part.buffers())
     return all(type(v) in (nn.Parameter, Tensor) and v.is_contiguous() for v in tensors)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks listen to a module's forward pass."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or torch.nn.modules.module._has_any_global_hook())
