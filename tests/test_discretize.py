@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 
 from anymamba import AnymambaError, MambaConfig, MambaLM, MambaState, checkpoint, explain, export, ops, reference
+from anymamba.generate import SamplingConfig, generate
 from anymamba.kernels import numba_scan
 from anymamba.layers import step
 from anymamba.layers.inner import takes
@@ -74,7 +75,7 @@ def test_order_for_a_constant_input(rule, dense, number):
     exact = np.linalg.solve(dense_A, (scipy.linalg.expm(dense_A) - np.eye(3)) @ dense_B)
     found, error = order(A, B, rule, dense, exact, lambda t: 1.0)
     if rule == "zoh":
-        assert error < 1e-13
+        assert error < 1e-10  # torch's matrix_exp has 6e-12 at some sizes of matrix, where scipy's has 1e-16
     else:
         assert found == pytest.approx({"bilinear": 2, "trapezoidal": 2}.get(rule, 1), abs=0.1)
 
@@ -178,7 +179,7 @@ def test_the_scan_is_the_recurrence(rule, number):
     """One channel, Δ constant: the same as `discretize` and a loop."""
     arguments = scan_arguments(1, 6, 1, 3, dtype=torch.float64, without=OPTIONAL)
     A = torch.complex(arguments["A"], arguments["A"] * 2) if number.is_complex else arguments["A"]
-    arguments |= {"A": A, "B": torch.ones(1, 3).double(), "dt": torch.full((1, 6, 1), 0.3).double()}
+    arguments |= {"A": A, "B": torch.ones(1, 3).double(), "dt": torch.full((1, 6, 1), 0.3, dtype=torch.float64)}
     arguments["dt_softplus"] = False
     A_bar, B_bar, B_prev = discretize(A[0], torch.ones(3, dtype=number), 0.3, rule)
     h, before = torch.zeros(3, dtype=number), 0.0
@@ -387,9 +388,9 @@ def test_the_choice_on_a_gpu_names_the_reason(monkeypatch):
 # ---- models ----------------------------------------------------------------------------------------------------
 
 
-def small(rule, **changes):
+def small(rule):
     torch.manual_seed(0)
-    return MambaLM(MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, **changes))
+    return MambaLM(MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, dt_min=0.3, dt_max=1))
 
 
 @rules
@@ -414,10 +415,10 @@ def test_a_model_reads_in_parts_steps_and_trains(rule):
     assert step.block_weights(model.backbone.layers[0]) is None
     assert model.fingerprint() != usual.fingerprint()
 
-    generated = model.generate(ids[:1], max_new_tokens=4, temperature=0)
-    for i in range(4):  # each token is the best after those before it
-        now = generated[:, : generated.shape[1] - 4 + i]
-        assert model(now).logits[0, -1, :31].argmax() == generated[0, now.shape[1]]
+    (written,) = generate(model, [ids[0].tolist()], max_new_tokens=4, sampling=SamplingConfig(temperature=0))
+    text = torch.tensor([[*ids[0].tolist(), *written.ids]])
+    best = model(text).logits[0, 10:-1, :31].argmax(-1)
+    assert best.tolist() == written.ids  # each is the best after those before it
     double = small(rule).double()
     double.load_state_dict(model.state_dict())
     for v in (model, double):
@@ -472,15 +473,17 @@ def compile_kernels():
 
     floats = ("x", "dt", "y", "dy", "dx", "ddt", "A", "B", "C", "first", "last", "saved", "scratch", "dA", "dB", "dC",
               "B_fixed", "C_fixed", "dB_fixed", "dC_fixed", "dfirst")  # fmt: skip
-    for rule in range(3):
-        for absent in (("B_fixed", "C_fixed", "dB_fixed", "dC_fixed", "bounds"), ("dB", "dC", "last", "first")):
-            for kernel in (kernels.discretized_forward, kernels.discretized_backward):
-                given = {"n": 5, "N": 8, "LANES": 32, "KEEP": 16, "RULE": rule} | dict.fromkeys(absent)
-                given = {k: v for k, v in given.items() if k in kernel.arg_names}
-                kinds = dict.fromkeys(floats, "*fp32") | {"bounds": "*i64"}
-                signature = {k: "constexpr" if k in given else kinds.get(k, "i32") for k in kernel.arg_names}
-                source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in given.items()})
-                triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    varying, constant = ("B_fixed", "C_fixed", "dB_fixed", "dC_fixed", "bounds"), ("dB", "dC", "first", "saved")
+    for rule, absent in enumerate((varying, constant, varying)):
+        for kernel in (kernels.discretized_forward, kernels.discretized_backward):
+            given = {"n": 5, "N": 8, "LANES": 32, "KEEP": 16, "RULE": rule} | dict.fromkeys(absent)
+            if kernel is kernels.discretized_backward and given.pop("saved", ()) is None:
+                given["last"] = None  # the gradient of the last state, which there may not be
+            given = {k: v for k, v in given.items() if k in kernel.arg_names}
+            kinds = dict.fromkeys(floats, "*fp32") | {"bounds": "*i64"}
+            signature = {k: "constexpr" if k in given else kinds.get(k, "i32") for k in kernel.arg_names}
+            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in given.items()})
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
 
 def test_triton_kernels_compile(tmp_path):

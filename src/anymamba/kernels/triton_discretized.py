@@ -21,7 +21,7 @@ def _rule(z, RULE: tl.constexpr):
     """a, p and their derivatives in z."""
     if RULE == 0:
         # φ₂ = (p - 1)/z by its series Σ z^k / (k + 2)! for |z| < 1; p = 1 + z φ₂, e^z = 1 + z p, p' = p - φ₂: nothing
-        # cancels, and no decay near 1 has the bias of a GPU's fast exponential
+        # cancels, and no decay near 1 has the bias of a GPU's fast exponential. Beyond p' = (e^z - p)/z
         phi = z * 2.08767570e-9 + 2.50521084e-8
         phi = phi * z + 2.75573192e-7
         phi = phi * z + 2.75573192e-6
@@ -37,7 +37,7 @@ def _rule(z, RULE: tl.constexpr):
         e = tl.exp2(z * LOG2E)
         p = tl.where(near, z * phi + 1.0, (e - 1.0) * inverse)
         a = tl.where(near, z * p + 1.0, e)
-        return a, p, a, p - tl.where(near, phi, (p - 1.0) * inverse)
+        return a, p, a, tl.where(near, p - phi, (e - p) * inverse)
     elif RULE == 1:
         p = 1.0 / (1.0 - 0.5 * z)
         return (1.0 + 0.5 * z) * p, p, p * p, 0.5 * p * p
@@ -157,12 +157,11 @@ def discretized_backward(dy, x, dt, dx, ddt, A, B, C, B_fixed, C_fixed, last, sa
                 u = (size * xv)[None, :]
                 g += c * gy[None, :]
                 by_C = tl.load(scratch + (i + 1) * N * LANES + dense) * gy[None, :]
-                by_z = g * (before * by_decay + b * u * by_p)
                 gp = g * p
-                piece_A += by_z * size[None, :]
-                gb = tl.sum(gp * b, 0)
-                tl.store(dx + at, gb * size, mask=inside)
-                tl.store(ddt + at, tl.sum(by_z * a, 0) + gb * xv, mask=inside)
+                piece_A += g * (before * by_decay + b * u * by_p) * size[None, :]
+                tl.store(dx + at, tl.sum(gp * b, 0) * size, mask=inside)
+                # a = 1 + z p in every rule, so that ∂h/∂Δ is a'(z) (A h + B x)
+                tl.store(ddt + at, tl.sum(g * by_decay * (a * before + b * xv[None, :]), 0), mask=inside)
                 to = (((wide + part) * rows + flat + step) * tl.cdiv(blocks, per_group) + group) * n
                 if B_fixed is None:
                     _leave(dB + to, gp * u, j, n, block > part * share)
