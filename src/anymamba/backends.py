@@ -88,6 +88,8 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         return "reference", f"the model's own forward pass: {no_cuda or f'there are no kernels for {device}'}"
     if (missing := _missing_triton(device)) is not None:
         return "reference", missing
+    if op == "discretized_scan" and device == "cuda":
+        no_cuda = "its kernels compute Mamba's own discretization only"
     return "triton", "GPU kernels compiled by Triton" + (f"; not CUDA C++: {no_cuda}" if no_cuda else "")
 
 

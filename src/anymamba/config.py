@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from anymamba.errors import AnymambaError
 
+DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "euler")  # those whose state is h alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
@@ -33,6 +35,7 @@ class MambaConfig:
     inner_norm_eps: float | None = None  # of norms on dt, B and C, without weights, as in Falcon-Mamba; None: no norms
     tie_embeddings: bool = True  # head = embedding
     pad_vocab_size_multiple: int = 8
+    discretization: str = "mamba"  # from A, B and Δ to a step: DISCRETIZATIONS, defined in reference.discretize
     dt_min: float = 1e-3  # initial step sizes Δ are log-uniform in [dt_min, dt_max] …
     dt_max: float = 1e-1
     dt_init_floor: float = 1e-4  # … and at least this
@@ -51,6 +54,8 @@ class MambaConfig:
             _require(name, getattr(self, name), "a finite number > 0", lambda v: _is_number(v) and v > 0)
         _require("inner_norm_eps", self.inner_norm_eps, "None or a finite number > 0",
                  lambda v: v is None or (_is_number(v) and v > 0))  # fmt: skip
+        _require("discretization", self.discretization, f"one of {', '.join(DISCRETIZATIONS)}",
+                 lambda v: v in DISCRETIZATIONS)  # fmt: skip
         for name in ("dt_init_floor", "initializer_range"):
             _require(name, getattr(self, name), "a finite number ≥ 0", lambda v: _is_number(v) and v >= 0)
         _require("dt_max", self.dt_max, f"at least dt_min={self.dt_min}", lambda v: v >= self.dt_min)

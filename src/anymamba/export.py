@@ -132,6 +132,11 @@ def _plain_operators():
                                                   initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
         return y, final_state, A.new_empty(0)
 
+    def discretized(x, dt, A, B, C, initial_state, cu_seqlens, rule, save, backend):
+        y, final_state = reference.selective_scan(x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens,
+                                                  discretization=rule)  # fmt: skip
+        return y, final_state, A.new_empty(0)
+
     def conv(x, weight, bias, silu, initial_state, cu_seqlens, backend):
         activation = "silu" if silu else None
         return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state,
@@ -142,7 +147,8 @@ def _plain_operators():
         return normed, total, total.new_empty(0)
 
     ops = torch.ops.anymamba
-    return {ops.selective_scan.default: scan, ops.causal_conv1d.default: conv, ops.add_rms_norm.default: norm}
+    return {ops.selective_scan.default: scan, ops.discretized_scan.default: discretized,
+            ops.causal_conv1d.default: conv, ops.add_rms_norm.default: norm}  # fmt: skip
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 | op | reference | numba (CPU) | triton (any GPU) | cuda (NVIDIA) |
 |---|---|---|---|---|
 | `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py | triton_scan.py | cuda_scan.py |
+| `selective_scan` with another `discretization` | the same | numba_discretized.py | triton_discretized.py | |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
 | `linear` | torch | kernels/numba_linear.py for a few rows, else torch | torch | torch |
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymamba import reference
 from anymamba.backends import BACKENDS, choose, explain
+from anymamba.discretized import discretized_scan
 from anymamba.errors import AnymambaError
-from anymamba.registration import check_bounds
+from anymamba.registration import bounds
 
 __all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear",
            "quantized_linear", "selective_scan", "selective_step_"]  # fmt: skip
@@ -38,7 +39,8 @@ FEW_ROWS = {torch.float32: range(1, 17), torch.bfloat16: range(1, 9), torch.floa
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                    z: Tensor | None = None, *, dt_bias: Tensor | None = None, dt_softplus: bool = False,
                    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
-                   return_states: int | None = None, backend: str | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+                   return_states: int | None = None, discretization: str = "mamba",
+                   backend: str | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     """The selective scan of Mamba (arXiv 2312.00752, equation 2 with Δ, B, C depending on time).
 
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t;   y_t = (C_t · h_t + D x_t) · silu(z_t)
@@ -54,18 +56,24 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
         cu_seqlens: (s+1,) integers 0 … t: the one row (b = 1) holds s sequences end to end; s = b without it.
         return_states: k also returns the states after every k steps and the last one, (b,⌈t/k⌉,d,n); not with
             cu_seqlens. The scan then runs k steps at a time: the smaller k, the slower.
+        discretization: "mamba" as above, or another way from A, B and Δ to a step: "zoh" (exact for an input that holds
+            over the step), "bilinear", "euler", "trapezoidal" (of the last two inputs; the state is (s,d,2n), h and
+            then B x; the reference computes it, slowly). `reference.discretize` defines them.
         backend: None chooses (`explain` says what and why); "reference", "numba", "triton", "cuda" force.
 
     Returns y (b,t,d) in x's dtype, final_state (s,d,n) in float32 (float64 for float64 inputs) and perhaps the states.
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
-    _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+    _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization)
     if A.is_complex() and backend not in (None, "reference"):
         _fail("selective_scan", "A", A, f"backend={backend!r} computes real state matrices only: use backend=None")
     if return_states is not None:
         _check_states(return_states, cu_seqlens)
-        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "backend": backend}
+        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "discretization": discretization, "backend": backend}
         return _scan_with_states(return_states, x, dt, A, B, C, D, z, initial_state, options)
+    if discretization != "mamba":
+        return discretized_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, discretization,
+                                backend)  # fmt: skip
     backend = "reference" if A.is_complex() else choose(backend, x, "selective_scan", A.shape[1])
     cu_seqlens = bounds(cu_seqlens, x, backend)
     if backend == "reference":
@@ -105,14 +113,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, acti
 
 def selective_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                     z: Tensor | None = None, *, dt_bias: Tensor | None = None, dt_softplus: bool = False,
-                    backend: str | None = None) -> Tensor:  # fmt: skip
+                    discretization: str = "mamba", backend: str | None = None) -> Tensor:  # fmt: skip
     """One token of `selective_scan`: x, dt, z (b,d); B, C (b,n) or (b,g,n); `state` (b,d,n) is advanced in place.
 
     Returns y (b,d). Raises AnymambaError for shapes that do not fit.
     """
     x, dt, B, C, z = (v if v is None else v.unsqueeze(1) for v in (x, dt, B, C, z))
     y, h = selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, initial_state=state,
-                          backend=backend)  # fmt: skip
+                          discretization=discretization, backend=backend)  # fmt: skip
     state.copy_(h)
     return y.squeeze(1)
 
@@ -228,45 +236,6 @@ def _common_dtype(x, dt, z):
     return torch.float32 if common == torch.float64 else common
 
 
-_known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, stream, what kernels take; None: itself)
-
-
-def bounds(cu_seqlens, x, backend):
-    """cu_seqlens on the device of x, checked. To read values from a GPU is to wait for it: once for each tensor."""
-    if cu_seqlens is None or backend == "numba":  # whose operator checks
-        return cu_seqlens
-    t, device = x.shape[1], x.device
-    if backend == "reference":
-        check_bounds(cu_seqlens, t)
-        return cu_seqlens
-    if torch.compiler.is_compiling():
-        return _placed(cu_seqlens, device)
-    here = cu_seqlens.device == device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        if not here:
-            _fail("capture of a CUDA graph", "cu_seqlens", cu_seqlens, f"it must be on {device} like x: move it there")
-        return _placed(cu_seqlens, device)  # checked by the warm-up
-    counted = not cu_seqlens.is_inference()  # tensors made in inference_mode have no version
-    version = cu_seqlens._version if counted else 0
-    stream = (
-        torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    )  # whose order a copy keeps
-    known = _known_bounds.get(cu_seqlens)
-    if known is None or known[:4] != (version, t, device, stream) or not (counted or here):
-        check_bounds(cu_seqlens, t)
-        with torch.inference_mode(False):  # kept, and used in any mode
-            placed = _placed(cu_seqlens, device)
-        known = (version, t, device, stream, None if placed is cu_seqlens else placed)
-        _known_bounds[cu_seqlens] = known
-    return cu_seqlens if known[4] is None else known[4]
-
-
-def _placed(cu_seqlens, device):
-    dtype = cu_seqlens.dtype if cu_seqlens.dtype in (torch.int32, torch.int64) else torch.int64
-    # a copy from pinned memory that nobody waits for would see what is written there next
-    return cu_seqlens.to(device, dtype, non_blocking=not cu_seqlens.is_pinned()).contiguous()
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +260,10 @@ def _check_common(op, x, cu_seqlens, others):
             raise AnymambaError(f"{op}: {name} is on {v.device}, x on {device}; move them to one device")
 
 
-def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
+def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization):
     op = "selective_scan"
+    if discretization not in reference.RULES:
+        _fail(op, "discretization", discretization, f"it must be one of {', '.join(reference.RULES)}")
     others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
     _check_common(op, x, cu_seqlens, others)
     b, t, d = x.shape
@@ -317,7 +288,8 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens):
     for name, v in {"D": D, "dt_bias": dt_bias}.items():
         if v is not None and v.shape != (d,):
             _fail(op, name, v, f"it must be ({d},), one number a channel of x {tuple(x.shape)}")
-    check_state(op, initial_state, (b if cu_seqlens is None else cu_seqlens.numel() - 1, d, n), "sequences, d, n")
+    sequences, n = b if cu_seqlens is None else cu_seqlens.numel() - 1, n * (1 + (discretization == "trapezoidal"))
+    check_state(op, initial_state, (sequences, d, n), "sequences, d, n")
 
 
 def _check_states(k, cu_seqlens):

@@ -11,6 +11,7 @@ import importlib
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymamba.errors import AnymambaError
 
@@ -66,13 +67,53 @@ def check_bounds(cu_seqlens: Tensor, t: int) -> None:
         raise AnymambaError(f"cu_seqlens is {shown}, but it must start at 0, never fall, and end at seqlen = {t}")
 
 
-def _check_numba(x, cu_seqlens, backend):
+_known_bounds = WeakTensorKeyDictionary()  # cu_seqlens → (version, t, device, stream, what kernels take; None: itself)
+
+
+def bounds(cu_seqlens, x, backend):
+    """cu_seqlens on the device of x, checked. To read values from a GPU is to wait for it: once for each tensor."""
+    if cu_seqlens is None or backend == "numba":  # whose operator checks
+        return cu_seqlens
+    t, device = x.shape[1], x.device
+    if backend == "reference":
+        check_bounds(cu_seqlens, t)
+        return cu_seqlens
+    if torch.compiler.is_compiling():
+        return _placed(cu_seqlens, device)
+    here = cu_seqlens.device == device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not here:
+            raise AnymambaError(f"capture of a CUDA graph: cu_seqlens is on {cu_seqlens.device}, but it must be on "
+                                f"{device} like x: move it there")  # fmt: skip
+        return _placed(cu_seqlens, device)  # checked by the warm-up
+    counted = not cu_seqlens.is_inference()  # tensors made in inference_mode have no version
+    version = cu_seqlens._version if counted else 0
+    stream = (
+        torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    )  # whose order a copy keeps
+    known = _known_bounds.get(cu_seqlens)
+    if known is None or known[:4] != (version, t, device, stream) or not (counted or here):
+        check_bounds(cu_seqlens, t)
+        with torch.inference_mode(False):  # kept, and used in any mode
+            placed = _placed(cu_seqlens, device)
+        known = (version, t, device, stream, None if placed is cu_seqlens else placed)
+        _known_bounds[cu_seqlens] = known
+    return cu_seqlens if known[4] is None else known[4]
+
+
+def _placed(cu_seqlens, device):
+    dtype = cu_seqlens.dtype if cu_seqlens.dtype in (torch.int32, torch.int64) else torch.int64
+    # a copy from pinned memory that nobody waits for would see what is written there next
+    return cu_seqlens.to(device, dtype, non_blocking=not cu_seqlens.is_pinned()).contiguous()
+
+
+def check_numba(x, cu_seqlens, backend):
     # where values are in reach of the CPU they are checked here, which torch.compile cannot leave out
     if backend == "numba" and cu_seqlens is not None:
         check_bounds(cu_seqlens, x.shape[1])
 
 
-def _sequences(x, cu_seqlens):
+def count_sequences(x, cu_seqlens):
     return x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
@@ -93,7 +134,7 @@ def _dense_or_empty(v, like):
 
 @impl("anymamba::selective_scan", DEVICES)
 def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend):
-    _check_numba(x, cu_seqlens, backend)
+    check_numba(x, cu_seqlens, backend)
     y, final_state, saved = kernel(backend, "selective_scan")(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save
     )
@@ -102,7 +143,7 @@ def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens,
 
 @register_fake("anymamba::selective_scan")
 def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend):
-    sequences, shape = _sequences(x, cu_seqlens), (0,)
+    sequences, shape = count_sequences(x, cu_seqlens), (0,)
     if save:
         groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
         shape = kernel(backend, "saved_shape")(x.shape, A.shape, groups, sequences)
@@ -111,7 +152,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, sav
 
 @impl("anymamba::selective_scan_backward", DEVICES)
 def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend):
-    _check_numba(x, cu_seqlens, backend)
+    check_numba(x, cu_seqlens, backend)
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = kernel(backend, "selective_scan_backward")(
         dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved
     )
@@ -121,7 +162,7 @@ def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
 @register_fake("anymamba::selective_scan_backward")
 def _(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend):
     optional = [_dense_or_empty(v, like) for v, like in ((D, A), (z, x), (dt_bias, A))]
-    return *map(_dense_like, (x, dt, A, B, C)), *optional, A.new_empty(_sequences(x, cu_seqlens), *A.shape)
+    return *map(_dense_like, (x, dt, A, B, C)), *optional, A.new_empty(count_sequences(x, cu_seqlens), *A.shape)
 
 
 def _scan_setup(ctx, inputs, output):
@@ -152,18 +193,18 @@ register_autograd("anymamba::selective_scan", _scan_vjp, setup_context=_scan_set
 
 @impl("anymamba::causal_conv1d", DEVICES)
 def _conv(x, weight, bias, silu, initial_state, cu_seqlens, backend):
-    _check_numba(x, cu_seqlens, backend)
+    check_numba(x, cu_seqlens, backend)
     return kernel(backend, "causal_conv1d")(x, weight, bias, silu, initial_state, cu_seqlens)
 
 
 @register_fake("anymamba::causal_conv1d")
 def _(x, weight, bias, silu, initial_state, cu_seqlens, backend):
-    return _dense_like(x), x.new_empty(_sequences(x, cu_seqlens), weight.shape[0], weight.shape[1] - 1)
+    return _dense_like(x), x.new_empty(count_sequences(x, cu_seqlens), weight.shape[0], weight.shape[1] - 1)
 
 
 @impl("anymamba::causal_conv1d_backward", DEVICES)
 def _conv_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, backend):
-    _check_numba(x, cu_seqlens, backend)
+    check_numba(x, cu_seqlens, backend)
     dx, dweight, dbias, dinitial = kernel(backend, "causal_conv1d_backward")(
         dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint.assemble import EMBEDDING, HEAD
-from anymamba.checkpoint.folder import BIN, peek, read_settings, read_tensors, remove_others, write_settings
+from anymamba.checkpoint.folder import BIN, check_usual, peek, read_settings, read_tensors, remove_others, write_settings
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
@@ -72,6 +72,7 @@ def save(model: MambaLM, path: Path) -> None:
         raise AnymambaError(f"the format state-spaces has no key for norm_eps={c.norm_eps} (always {EPS}), "
                             f"inner_norm_eps={c.inner_norm_eps} or vocab_size={c.vocab_size}: save as native "
                             "or hf")  # fmt: skip
+    check_usual(c, "state-spaces")
     state = {name: v.detach().cpu() for name, v in model.state_dict().items()}
     if c.tie_embeddings:
         state[HEAD] = state[EMBEDDING]  # mamba-ssm wants to find it; stored once

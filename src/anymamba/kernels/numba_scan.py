@@ -180,7 +180,7 @@ def split_work(sequences):
     return teams, 1 if teams % workers == 0 or teams == 4 * workers else workers
 
 
-def _slots(bounds, total, chunk, blocks, n):
+def slots(bounds, total, chunk, blocks, n):
     """Room for the state at each chunk's start. Chunk k of sequence q is slot bounds[q] // chunk + q + k; sequences
     that are no whole number of chunks leave slots between them, which are set to 0."""
     counts = -(-bounds.diff() // chunk)
@@ -204,7 +204,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, bo
     blocks = groups * -(-(d // groups) // LANES)
     y = torch.empty(total, d, dtype=x.dtype)
     final_state = torch.empty(sequences, d, n)
-    saved = _slots(bounds, total, chunk, blocks, n) if save else None
+    saved = slots(bounds, total, chunk, blocks, n) if save else None
     teams, parts = split_work(sequences)
     launch.launch(scan_forward, launch.STORAGE[x.dtype], teams * parts, [
         *map(address, (x, dt, z, y)), x.stride(0), dt.stride(0), z.stride(0) if z is not None else 0, d,

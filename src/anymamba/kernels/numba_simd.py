@@ -122,6 +122,17 @@ minimum, maximum = _select("<"), _select(">")
 
 
 @intrinsic
+def where_less(typingctx, a, b, yes, no):
+    """yes in the lanes where a < b, else no; a NaN is not less."""
+
+    def codegen(context, builder, sig, args):
+        a, b, yes, no = (_as_vec(context, builder, v, t) for v, t in zip(args, sig.args, strict=True))
+        return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
+
+    return vec(a, b, yes, no), codegen
+
+
+@intrinsic
 def absolute(typingctx, a):
     return vec(a), lambda context, builder, sig, args: call_llvm(builder, f"llvm.fabs.v{LANES}f32", args)
 

@@ -53,6 +53,8 @@ def takes(mixer: nn.Module, xz: Tensor) -> bool:
         return False
     if mixer.config.inner_norm_eps is not None or not all(map(_alone, (mixer.conv1d, mixer.x_proj, mixer.dt_proj))):
         return False
+    if mixer.config.discretization != "mamba":
+        return False
     return "reference" not in _backends(xz, mixer.A_log, mixer.conv1d.weight.squeeze(1))
 
 

@@ -57,7 +57,7 @@ class MambaMixer(nn.Module):
         y, ssm_state, *ssm_states = selective_scan(
             x, self.dt_proj(dt), self._A(), B, C, self.D, z,
             dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
-            return_states=return_states,
+            return_states=return_states, discretization=self.config.discretization,
         )  # fmt: skip
         after = LayerState(conv_state, ssm_state) if return_states is None else LayerState(conv_states, *ssm_states)
         return self.out_proj(y), after

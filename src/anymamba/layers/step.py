@@ -49,7 +49,7 @@ class BlockWeights(NamedTuple):
 
 def block_weights(block: nn.Module) -> BlockWeights | None:
     """The parameters of a block; None if they are not all that it does: something replaces a part of it or listens."""
-    if not is_plain(block):
+    if not is_plain(block) or block.mixer.config.discretization != "mamba":
         return None
     mixer = block.mixer
     return BlockWeights(
