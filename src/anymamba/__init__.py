@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnymambaError": "errors",
+    "Bidirectional": "layers",
     "MambaConfig": "config",
     "MambaLM": "model",
     "MambaState": "state",

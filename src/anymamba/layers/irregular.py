@@ -17,9 +17,9 @@ def gap_steps(raw: Tensor, bias: Tensor, delta: Tensor) -> Tensor:
 
         h_t = exp(delta_t Δ_t A) h_{t-1} + delta_t Δ_t B_t x_t
 
-    as discretising over the interval delta_t Δ_t gives it (arXiv 2312.00752, section 2 and equation 4): the state decays
-    by the time that has passed, and an input counts for as long as it stood. A gap of 0 leaves the state as it is. The
-    convolution before the scan counts samples, not time.
+    which is the discretisation over an interval of delta_t Δ_t (arXiv 2312.00752, section 2; A exactly, B by Euler's
+    rule): the state decays by the time that has passed, and an input counts for as long as it stood. A gap of 0 leaves
+    the state as it is. The convolution before the scan counts samples, not time.
 
     Args:
         raw: (b,t,d), bias: (d,): what softplus is taken of. delta: (b,t), from 0 on, 1 where time is regular.
