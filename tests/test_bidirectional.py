@@ -65,8 +65,8 @@ def test_padding_and_packing_are_one_by_one(lengths, gaps):
     options = {"delta": delta} if gaps else {}
     padded, _ = layer(u.clone(), lengths=torch.tensor(lengths), **options)
     rows = [u[i : i + 1, :n] for i, n in enumerate(lengths)]
-    packed, _ = layer(torch.cat(rows, 1), None, torch.tensor([0, *lengths]).cumsum(0),
-                      delta=torch.cat([delta[i : i + 1, :n] for i, n in enumerate(lengths)], 1) if gaps else None)  # fmt: skip
+    together = torch.cat([delta[i : i + 1, :n] for i, n in enumerate(lengths)], 1) if gaps else None
+    packed, _ = layer(torch.cat(rows, 1), None, torch.tensor([0, *lengths]).cumsum(0), delta=together)
     packed = packed.split(lengths, 1)
     for i, n in enumerate(lengths):
         assert torch.equal(padded[i, n:], torch.zeros(9 - n, 16))
@@ -99,5 +99,5 @@ def test_what_it_refuses():
         layer(u, layer.causal(u)[1])
     with pytest.raises(AnymambaError, match="no state to go on from"):
         layer(u, return_states=2)
-    with pytest.raises(AnymambaError, match="lengths .* or cu_seqlens .*, not both"):
+    with pytest.raises(AnymambaError, match=r"lengths .* or cu_seqlens .*, not both"):
         layer(u, None, torch.tensor([0, 9]), lengths=torch.tensor([9, 9]))

@@ -12,6 +12,7 @@ _HOME = {
     "MambaState": "state",
     "MambaMixer": "layers",
     "SamplingConfig": "generate",
+    "SequenceModel": "sequence",
     "causal_conv1d": "ops",
     "causal_conv1d_step_": "ops",
     "explain": "ops",

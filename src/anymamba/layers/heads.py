@@ -25,7 +25,7 @@ class Patches(nn.Module):
     def __init__(self, f: int, m: int, size: int = 1, stride: int = 1, device=None, dtype=None):
         super().__init__()
         if not 1 <= stride <= size:
-            raise AnymambaError(f"patches of {size} samples every {stride}: size must be at least stride, and both 1")
+            raise AnymambaError(f"patches of {size} samples every {stride}, but it must be 1 ≤ stride ≤ size")
         self.size, self.stride = size, stride
         self.projection = Linear(size * f, m, device=device, dtype=dtype)
 
@@ -55,8 +55,8 @@ class Pool(nn.Module):
     def __init__(self, kind: str, m: int, device=None, dtype=None):
         super().__init__()
         if kind not in POOLS:
-            raise AnymambaError(f"pool={kind!r} does not exist: choose one of {', '.join(POOLS)}, or None for an output "
-                                "at every step")  # fmt: skip
+            raise AnymambaError(f"pool={kind!r} does not exist: choose one of {', '.join(POOLS)}, or None for "
+                                "an output at every step")  # fmt: skip
         self.kind = kind
         if kind == "attention":
             self.query = nn.Parameter(torch.zeros(m, device=device, dtype=dtype))
@@ -65,15 +65,16 @@ class Pool(nn.Module):
         """x (b,t,m), `lengths` (b,) steps of each row, the others on the right are padding."""
         b, t, _ = x.shape
         lengths = torch.full((b,), t, device=x.device) if lengths is None else lengths
-        real = torch.arange(t, device=x.device) < lengths[:, None]
-        # weights in float32: a mean over a thousand steps is more than 16 bits hold
-        score = torch.zeros(b, t, device=x.device) if self.kind == "mean" else None
-        if self.kind == "attention":
-            score = (x @ self.query.to(x.dtype)).float()
-        if score is None:
-            score = torch.zeros(b, t, device=x.device).masked_fill(real.roll(-1, 1), -torch.inf)
-        weights = score.masked_fill(~real, -torch.inf).softmax(1)
-        return torch.einsum("bt,btm->bm", weights, x.masked_fill(~real[..., None], 0).to(weights.dtype)).to(x.dtype)
+        if self.kind == "last":
+            rows = x[torch.arange(b, device=x.device), (lengths - 1).clamp(min=0)]
+            return rows.masked_fill((lengths == 0)[:, None], torch.nan)
+        padding = torch.arange(t, device=x.device) >= lengths[:, None]
+        x, dtype = x.masked_fill(padding[..., None], 0), x.dtype
+        score = x.new_zeros(b, t) if self.kind == "mean" else x @ self.query.to(dtype)
+        # at least float32, and no matrix product, which autocast would lower: 16 bits do not hold sums over long times
+        score = score.to(torch.promote_types(dtype, torch.float32))
+        weights = score.masked_fill(padding, -torch.inf).softmax(1)
+        return (weights[..., None] * x).sum(1).to(dtype)
 
     def extra_repr(self) -> str:
         return repr(self.kind)
