@@ -284,5 +284,4 @@ def test_it_learns_time_from_the_gaps_alone(known):
     x, gaps, late = clocks(torch.Generator().manual_seed(1))
     with torch.no_grad():
         accuracy = float(((model(x, delta=gaps if known else None).y > 0) == (late > 0)).float().mean())
-    print(known, accuracy)
-    assert accuracy > 0.93 if known else accuracy < 0.85
+    assert accuracy > 0.9 if known else accuracy < 0.8
