@@ -56,8 +56,8 @@ def digits(folder: Path, split: str) -> list[Digit]:
         rate, x = read_wav(data, name)
         parts = name.removesuffix(".wav").split("_")
         if len(parts) != 3 or not (parts[0].isdigit() and parts[2].isdigit()) or (rate, x.shape[1]) != (RATE, 1):
-            raise AnymambaError(f"{name}: {rate} Hz, {x.shape[1]} channels, but recordings are mono at {RATE} Hz, named "
-                                "digit_speaker_index.wav")  # fmt: skip
+            raise AnymambaError(f"{name}: {rate} Hz, {x.shape[1]} channels, but recordings are mono at {RATE} Hz, "
+                                "named digit_speaker_index.wav")  # fmt: skip
         if (int(parts[2]) in TEST) == (split == "test"):
             found.append(Digit(x[:, 0], int(parts[0]), parts[1], int(parts[2])))
     if not found:

@@ -3,8 +3,9 @@
     python benchmarks/speech.py [--minutes 3] [--mixers mamba s4d gru] [--data FOLDER] [--quick] [--save]
 
 Each mixer has the same number of parameters, the same training recordings (shifted, stretched, louder or softer, with
-noise) and the same time, on the GPU if there is one (autocast to bfloat16). The data are `fsdd` in FOLDER, $ANYMAMBA_DATA
-or `shared/data` beside the repository. The test is looked at once, at the end. --quick: half a minute on few recordings.
+noise) and the same time, on the GPU if there is one (autocast to bfloat16). The data are `fsdd` in FOLDER,
+$ANYMAMBA_DATA or `shared/data` beside the repository. The test is looked at once, at the end. --quick: half a minute
+on few recordings.
 """
 
 import argparse
@@ -48,8 +49,8 @@ def recordings(found: list[Digit], device) -> Recordings:
 
 
 def augment(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The same words otherwise: x (b,t) up to 15 % slower or faster, up to 0.1 s later, by up to 10 dB softer or louder,
-    with white noise 10 to 40 dB below. Returns them (b,t') and their lengths."""
+    """The same words otherwise: x (b,t) up to 15 % slower or faster, up to 0.1 s later, by up to 10 dB softer or
+    louder, with white noise 10 to 40 dB below. Returns them (b,t') and their lengths."""
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(len(x), 1, device=x.device)
@@ -164,8 +165,10 @@ def main() -> int:
         share = float(hits.float().mean())
         error = math.sqrt(share * (1 - share) / len(hits))
         target = "   (target ≥ 90 %)" if mixer == "mamba" else ""
-        report.add(mixer, f"{share:6.1%} ± {error:.1%} of the test{target}, {count(model):,} parameters, {steps} steps, "
-                   f"{took:.0f} s", accuracy=share, error=error, parameters=count(model), steps=steps, seconds=took,
+        text = (
+            f"{share:6.1%} ± {error:.1%} of the test{target}, {count(model):,} parameters, {steps} steps, {took:.0f} s"
+        )
+        report.add(mixer, text, accuracy=share, error=error, parameters=count(model), steps=steps, seconds=took,
                    config=model.config.to_dict() | model.settings)  # fmt: skip
     report.close()
     return 0
