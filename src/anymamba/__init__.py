@@ -6,11 +6,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnymambaError": "errors",
+    "Bidirectional": "layers",
     "MambaConfig": "config",
     "MambaLM": "model",
     "MambaState": "state",
     "MambaMixer": "layers",
     "SamplingConfig": "generate",
+    "SequenceModel": "sequence",
     "causal_conv1d": "ops",
     "causal_conv1d_step_": "ops",
     "explain": "ops",

@@ -25,3 +25,14 @@ def as_ids(ids: Any, who: str, device: torch.device | str | None = None) -> Tens
             what = f"{who}: a {type(ids).__name__} that makes no tensor ({error})"
             raise AnymambaError(f"{what}; give whole numbers, in rows of one length") from None
     return ids.long() if ids.dtype in WHOLE[2:] else ids
+
+
+def check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int | None) -> None:
+    """Raises AnymambaError for labels that are not (b,t) int64, or for a model without a vocabulary."""
+    if vocab_size is None:
+        raise AnymambaError("labels need a vocabulary to predict, and this model has none")
+    if labels.shape != shape or labels.dtype != torch.int64:
+        raise AnymambaError(
+            f"labels are {tuple(labels.shape)} {labels.dtype}, but must be (batch, seqlen) = {shape} torch.int64: "
+            "for each position the token that follows, -100 where it does not count"
+        )

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.ids import WHOLE, as_ids
+from anymamba.ids import WHOLE, as_ids, check_labels
 from anymamba.layers import Block, Linear, MambaMixer, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
+from anymamba.layers.irregular import check_gaps
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState, StateHistory, places
 
@@ -65,7 +66,7 @@ class MambaLM(nn.Module):
     def forward(self, ids: Tensor | None = None, state: MambaState | None = None, lengths: Tensor | None = None,
                 cu_seqlens: Tensor | None = None, *, embeddings: Tensor | None = None, labels: Tensor | None = None,
                 padding_side: str = "right", last_only: bool = False,
-                return_states: int | None = None) -> MambaOutput:  # fmt: skip
+                return_states: int | None = None, delta: Tensor | None = None) -> MambaOutput:  # fmt: skip
         """Read tokens and go on from `state`. Reading in pieces, of any sizes, gives what reading at once gives.
 
         Args:
@@ -81,6 +82,8 @@ class MambaLM(nn.Module):
             return_states: k also gives `states`, those after every k tokens and the last; `states.after(i)` is the
                 state after i tokens. Not with lengths or cu_seqlens. Takes b·⌈t/k⌉ states of memory, and is slow for
                 small k, as the scan then runs k steps at a time.
+            delta: (b,t) time between each token and the one before it, at least 0, where time is not regular: it
+                multiplies the step sizes, see `layers.irregular.gap_steps`. 1 everywhere changes nothing.
 
         Raises AnymambaError for ids or labels outside the vocabulary, shapes that do not fit, or a state of another
         shape.
@@ -92,17 +95,20 @@ class MambaLM(nn.Module):
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
         if labels is not None:
-            self._check_labels(labels, b, t)
+            check_labels(labels, (b, t), self.config.vocab_size)
+        if delta is not None:
+            check_gaps(delta, (b, t))
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
         plain = lengths is None and cu_seqlens is None and labels is None and return_states is None
         piece = PIECE if self.device.type == "cpu" else 8 * PIECE
         if plain and b * t > piece and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._in_pieces(ids, embeddings, state, last_only, max(1, piece // b))
+            return self._in_pieces(ids, embeddings, state, last_only, delta, max(1, piece // b))
         x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
-        x, state = self._blocks(x, state, cu_seqlens, return_states)
+            delta = None if delta is None else delta.to(x.device).reshape(1, -1)[:, index]
+        x, state = self._blocks(x, state, cu_seqlens, return_states, delta)
         states, state = (None, state) if return_states is None else (state, state.after(t))
 
         last = self._last(x, cu_seqlens, index) if last_only else None
@@ -112,27 +118,28 @@ class MambaLM(nn.Module):
         logits = self._head(x if last is None else last) if last_only or labels is None else None
         return MambaOutput(logits, state, loss, x, states)
 
-    def _in_pieces(self, ids, embeddings, state, last_only, length):
+    def _in_pieces(self, ids, embeddings, state, last_only, delta, length):
         """Read a long text piece by piece: activations stay in the cache, and memory does not grow with them."""
         name, source = ("ids", ids) if embeddings is None else ("embeddings", embeddings)
         logits, hidden = [], []
-        for piece in source.split(length, dim=1):
-            out = self(**{name: piece}, state=state, last_only=last_only)
+        for i in range(0, source.shape[1], length):
+            piece, gaps = (v if v is None else v[:, i : i + length] for v in (source, delta))
+            out = self(**{name: piece}, state=state, last_only=last_only, delta=gaps)
             state = out.state
             logits = [out.logits] if last_only else [*logits, out.logits]
             hidden.append(out.hidden)
         logits = None if logits[0] is None else torch.cat(logits, 1)
         return MambaOutput(logits, state, None, torch.cat(hidden, 1))
 
-    def _blocks(self, x, state, cu_seqlens, return_states):
+    def _blocks(self, x, state, cu_seqlens, return_states, delta):
         x, layers, residual = self._drop(x), [], None
         for i, block in enumerate(self.backbone.layers):
             before = None if state is None else state.layers[i]
             if self.recompute and torch.is_grad_enabled():
-                x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, return_states,
+                x, residual, after = checkpoint(block, x, residual, before, cu_seqlens, return_states, delta,
                                                 use_reentrant=False)  # fmt: skip
             else:
-                x, residual, after = block(x, residual, before, cu_seqlens, return_states)
+                x, residual, after = block(x, residual, before, cu_seqlens, return_states, delta)
             x = self._drop(x)
             layers.append(after)
         x, _ = self.backbone.norm_f(x, residual)
@@ -182,15 +189,6 @@ class MambaLM(nn.Module):
         if embeddings.dim() != 3 or embeddings.shape[2] != self.config.d_model:
             raise AnymambaError(f"embeddings are {tuple(embeddings.shape)}, but must be (b,t,{self.config.d_model})")
         return embeddings.shape[:2]
-
-    def _check_labels(self, labels, b, t):
-        if self.config.vocab_size is None:
-            raise AnymambaError("labels need a vocabulary to predict, and this model has none")
-        if labels.shape != (b, t) or labels.dtype != torch.int64:
-            raise AnymambaError(
-                f"labels are {tuple(labels.shape)} {labels.dtype}, but must be (batch, seqlen) = {(b, t)} torch.int64: "
-                "for each position the token that follows, -100 where it does not count"
-            )
 
     def _check_ids(self, ids):
         if self.config.vocab_size is None:

@@ -12,14 +12,7 @@ def pack(x: Tensor, lengths: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]
     Raises AnymambaError for lengths that do not fit or an unknown side.
     """
     b, t, m = x.shape
-    lengths = torch.as_tensor(lengths, device=x.device)
-    if (
-        lengths.shape != (b,)
-        or lengths.is_floating_point()
-        or lengths.dtype == torch.bool
-        or bool(((lengths < 0) | (lengths > t)).any())
-    ):
-        raise AnymambaError(f"lengths are {lengths.tolist()}, but must be {b} integers from 0 to {t}, one a row")
+    lengths = as_lengths(lengths, b, t, x.device)
     if side not in ("right", "left"):
         raise AnymambaError(f'padding_side={side!r}, but it must be "right" or "left"')
     position = torch.arange(t, device=x.device)
@@ -34,3 +27,16 @@ def unpack(x: Tensor, index: Tensor, b: int, t: int) -> Tensor:
     """The inverse of `pack`: (1,total,m) → (b,t,m), zeros where there was padding."""
     out = x.new_zeros(b * t, x.shape[-1])
     return out.index_copy(0, index, x[0]).view(b, t, -1)
+
+
+def as_lengths(lengths: Tensor, b: int, t: int, device: torch.device) -> Tensor:
+    """`lengths` as a tensor on `device`. Raises AnymambaError if they are not b integers from 0 to t."""
+    lengths = torch.as_tensor(lengths, device=device)
+    if (
+        lengths.shape != (b,)
+        or lengths.is_floating_point()
+        or lengths.dtype == torch.bool
+        or bool(((lengths < 0) | (lengths > t)).any())
+    ):
+        raise AnymambaError(f"lengths are {lengths.tolist()}, but must be {b} integers from 0 to {t}, one a row")
+    return lengths

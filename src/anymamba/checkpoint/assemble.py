@@ -1,10 +1,11 @@
 """From named tensors to a model: every name and shape is checked, and each tensor goes straight to where it belongs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
@@ -17,18 +18,27 @@ _KINDS = ("missing", "unexpected", "misshapen", "twice", "untied", "not real")
 
 def assemble(config: MambaConfig, tensors: Iterable[tuple[str, Tensor]], where: str | PathLike, *,
              device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MambaLM:  # fmt: skip
-    """The model of a config and its tensors, which are taken one at a time, in their own dtype or `dtype`.
+    """The model of a config and its tensors, as `fill` takes them. Raises AnymambaError as `fill` does."""
+    with torch.device("meta"):
+        model = MambaLM(config)
+    tied = {HEAD: EMBEDDING} if config.vocab_size is not None and config.tie_embeddings else {}
+    fill(model, tensors, where, tied=tied, device=device, dtype=dtype)
+    model.tie_weights()
+    return model
 
-    A_log, D and the step biases are float32 at least. Raises AnymambaError, which names every tensor that does not fit
-    and `where` they came from.
+
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], where: str | PathLike, *,
+         tied: Mapping[str, str] = MappingProxyType({}), device: torch.device | str | None = None,
+         dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    """Give a model on "meta" its tensors, which are taken one at a time, in their own dtype or `dtype`.
+
+    A_log, D and the step biases are float32 at least. `tied` names tensors that are others. Raises AnymambaError, which
+    names every tensor that does not fit and `where` they came from.
     """
     if dtype is not None and dtype not in REAL:
         raise AnymambaError(f"dtype={dtype}, but it must be one of {', '.join(map(str, REAL))}; for integers, quantize")
-    with torch.device("meta"):
-        model = MambaLM(config)
     shapes = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     exact = {name for name, v in model.to(torch.bfloat16).state_dict().items() if v.dtype != torch.bfloat16}
-    tied = {HEAD: EMBEDDING} if config.vocab_size is not None and config.tie_embeddings else {}
     state, found, wrong = {}, set(), []
 
     for name, v in tensors:
@@ -47,8 +57,6 @@ def assemble(config: MambaConfig, tensors: Iterable[tuple[str, Tensor]], where: 
     wrong += [("missing", f"{k} {shape}") for k, shape in shapes.items() if tied.get(k, k) not in has]
     _refuse(wrong, where)
     model.load_state_dict(state | {name: state[own] for name, own in tied.items()}, assign=True)
-    model.tie_weights()
-    return model
 
 
 def _problem(name, v, shapes, found):

@@ -22,6 +22,9 @@ def matches(path: Path) -> bool:
 def read_config(path: Path) -> MambaConfig:
     """Raises AnymambaError for a config of a newer version, without sizes, or with unknown keys."""
     settings = read_settings(path)
+    if "sequence" in settings:
+        raise AnymambaError(f"{path} holds a SequenceModel, no language model: load it by "
+                            "SequenceModel.from_pretrained")  # fmt: skip
     if settings["format"] != FORMAT:
         raise AnymambaError(f"{path / CONFIG} is of format {settings['format']!r}, and this version of anymamba reads "
                             f"{FORMAT!r}: update anymamba")  # fmt: skip

@@ -15,9 +15,10 @@ class Block(nn.Module):
         self.mixer = MambaMixer(config, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None,
-                return_states: int | None = None):  # fmt: skip
+                return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip
         """x (b,t,m), what is still to be added to `residual` (b,t,m) → the same two after this block, and its state, or
-        with `return_states` its states, as the mixer gives them."""
+        with `return_states` its states, as the mixer gives them. Gaps `delta` are for mixers that know of time."""
         x, residual = self.norm(x, residual)
-        x, state = self.mixer(x, state, cu_seqlens, return_states)
+        gaps = {} if delta is None else {"delta": delta}
+        x, state = self.mixer(x, state, cu_seqlens, return_states, **gaps)
         return x, residual, state

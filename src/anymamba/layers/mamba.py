@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.layers.inner import mamba_inner, takes
+from anymamba.layers.irregular import gap_steps
 from anymamba.layers.linear import Linear, StepProjection
 from anymamba.layers.norm import inner_norm
 from anymamba.ops import causal_conv1d, selective_scan
@@ -31,14 +32,15 @@ class MambaMixer(nn.Module):
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
-                return_states: int | None = None):  # fmt: skip
+                return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip
         """u (b,t,m) → y (b,t,m) and the new LayerState. `cu_seqlens` and `return_states` as in `ops.selective_scan`.
 
         With return_states = k the LayerState holds those after every k tokens and the last: (b,p,…), p = ⌈t/k⌉.
+        delta (b,t) are the gaps in time between each sample and the one before, see `layers.irregular.gap_steps`.
         """
         conv_state, ssm_state = state if state is not None else (None, None)
         xz = self.in_proj(u)
-        if return_states is None and takes(self, xz):  # the same with gradients joined, for training
+        if return_states is None and delta is None and takes(self, xz):  # the same with gradients joined, for training
             y, *after = mamba_inner(
                 xz, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
                 self.dt_proj.bias, self._A(), self.D, conv_state, ssm_state, cu_seqlens,
@@ -54,9 +56,12 @@ class MambaMixer(nn.Module):
         dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
         if (eps := self.config.inner_norm_eps) is not None:
             dt, B, C = (inner_norm(v, eps) for v in (dt, B, C))
+        dt, dt_bias = self.dt_proj(dt), self.dt_proj.bias
+        if delta is not None:
+            dt, dt_bias = gap_steps(dt, dt_bias, delta), None
         y, ssm_state, *ssm_states = selective_scan(
-            x, self.dt_proj(dt), self._A(), B, C, self.D, z,
-            dt_bias=self.dt_proj.bias, dt_softplus=True, initial_state=ssm_state, cu_seqlens=cu_seqlens,
+            x, dt, self._A(), B, C, self.D, z,
+            dt_bias=dt_bias, dt_softplus=delta is None, initial_state=ssm_state, cu_seqlens=cu_seqlens,
             return_states=return_states, discretization=self.config.discretization,
         )  # fmt: skip
         after = LayerState(conv_state, ssm_state) if return_states is None else LayerState(conv_states, *ssm_states)
