@@ -37,6 +37,15 @@ def peek(path: Path) -> dict[str, Any]:
         return {}
 
 
+def check_published(model, format: str) -> None:
+    """Raises AnymambaError for a model whose blocks a format of others has no words for."""
+    if not model.config.published:
+        c = model.config
+        raise AnymambaError(f"the format {format} is for the published Mamba, and this model has mixer={c.mixer!r}, "
+                            f"discretization={c.discretization!r}, selective={c.selective!r}, gate={c.gate}, "
+                            f"use_conv={c.use_conv}: save it as native")  # fmt: skip
+
+
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 

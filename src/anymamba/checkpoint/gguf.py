@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint import gguf_vocabulary
+from anymamba.checkpoint.folder import check_published
 from anymamba.checkpoint.gguf_file import MAGIC, PLAIN, GgufFile
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
@@ -244,6 +245,7 @@ def _writable(model: MambaLM) -> dict[str, Tensor]:
         raise AnymambaError(
             'a quantised model cannot be saved: save the model that it was made from, with dtype="Q8_0"'
         )
+    check_published(model, "gguf")
     if c.vocab_size is None or c.bias or c.expand != 2:
         raise AnymambaError(f"llama.cpp runs Mamba with a vocabulary, expand=2 and bias=False; this has vocab_size="
                             f"{c.vocab_size}, expand={c.expand}, bias={c.bias}: {cure}")  # fmt: skip

@@ -11,7 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from anymamba.checkpoint.assemble import EMBEDDING, HEAD
-from anymamba.checkpoint.folder import CONFIG, peek, read_settings, read_tensors, write_safetensors, write_settings
+from anymamba.checkpoint.folder import (
+    CONFIG,
+    check_published,
+    peek,
+    read_settings,
+    read_tensors,
+    write_safetensors,
+    write_settings,  # fmt: skip
+)
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.model import MambaLM
@@ -95,9 +103,10 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def save(model: MambaLM, path: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads; each file atomically.
 
-    Raises AnymambaError for a model without vocabulary.
+    Raises AnymambaError for a model without vocabulary, or with other blocks than the published.
     """
     c = model.config
+    check_published(model, "hf")
     if c.vocab_size is None:
         raise AnymambaError("the format hf is for language models, and this one has vocab_size=None: save as native")
     kind = "mamba" if c.inner_norm_eps is None else "falcon_mamba"

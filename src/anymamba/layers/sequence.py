@@ -62,8 +62,7 @@ class SequenceMixer(nn.Module):
         shapes = (rows, c.d_inner, c.conv_width), (rows, c.d_inner, c.state_width)
         if state is None:
             return LayerState(u.new_zeros(shapes[0]), u.new_zeros(shapes[1], dtype=real))
-        if got := tuple(tuple(v.shape) for v in state) != shapes:
-            got = [tuple(v.shape) for v in state]
+        if (got := tuple(tuple(v.shape) for v in state)) != shapes:
             raise AnymambaError(f"mixer {c.mixer!r}: the state is conv {got[0]}, ssm {got[1]}, but this input needs "
                                 f"{shapes[0]} and {shapes[1]}: one row a sequence")  # fmt: skip
         return LayerState(state[0], state[1].to(real))

@@ -129,10 +129,14 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=128):
 
 
 def powers(A_bar, count):
-    """(1, A_bar, A_bar², …) on a new last axis, by doubling: log2(count) products."""
-    found, square = torch.ones_like(A_bar)[..., None], A_bar[..., None]
+    """(1, A_bar, A_bar², …) on a new last axis, by doubling: log2(count) products.
+
+    The squares are made in float64, or each would double the error of the one before; MPS has none.
+    """
+    wide = A_bar.dtype if A_bar.device.type == "mps" else torch.complex128
+    found, square = torch.ones_like(A_bar)[..., None], A_bar[..., None].to(wide)
     while found.shape[-1] < count:
-        found = torch.cat([found, found * square], -1)
+        found = torch.cat([found, found * square.to(found.dtype)], -1)
         square = square * square
     return found[..., :count]
 
