@@ -41,6 +41,11 @@ class MambaConfig:
     dt_init_floor: float = 1e-4  # … and at least this
     dt_scale: float = 1.0  # scale of dt_proj's initial weight
     initializer_range: float = 0.02  # standard deviation of the embedding
+    mixer: str = "mamba"  # what mixes along time: "mamba", "s4d", "rnn", "lstm", "gru"
+    selective: str = "B,C,dt"  # which of them depend on the input; the others are learned constants
+    gate: bool = True  # multiply by silu(z)
+    use_conv: bool = True  # the convolution before the SSM
+    s4d_init: str = "lin"  # what A of S4D begins as: "lin", "inv", "real", "legs"
 
     def __post_init__(self):
         for name in ("d_model", "n_layer", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
@@ -48,17 +53,32 @@ class MambaConfig:
         for name in ("vocab_size", "dt_rank"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        for name in ("conv_bias", "bias", "tie_embeddings"):
+        for name in ("conv_bias", "bias", "tie_embeddings", "gate", "use_conv"):
             _require(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
         for name in ("norm_eps", "dt_min", "dt_max", "dt_scale"):
             _require(name, getattr(self, name), "a finite number > 0", lambda v: _is_number(v) and v > 0)
         _require("inner_norm_eps", self.inner_norm_eps, "None or a finite number > 0",
                  lambda v: v is None or (_is_number(v) and v > 0))  # fmt: skip
-        _require("discretization", self.discretization, f"one of {', '.join(DISCRETIZATIONS)}",
-                 lambda v: v in DISCRETIZATIONS)  # fmt: skip
         for name in ("dt_init_floor", "initializer_range"):
             _require(name, getattr(self, name), "a finite number ≥ 0", lambda v: _is_number(v) and v >= 0)
         _require("dt_max", self.dt_max, f"at least dt_min={self.dt_min}", lambda v: v >= self.dt_min)
+        self._check_mixer()
+
+    def _check_mixer(self):
+        for name, known in _CHOICES.items():
+            _require(name, getattr(self, name), f"one of {', '.join(known)}", lambda v, known=known: v in known)
+        _require("selective", self.selective, 'some of B, C and dt with commas between, as in "B,dt"; "" for none of '
+                 "them", _is_selection)  # fmt: skip
+        given = self.selective.split(",")
+        object.__setattr__(self, "selective", ",".join(name for name in SELECTIVE if name in given))
+        for names, mixers in _BELONGS:
+            for name in names:
+                got, default = getattr(self, name), getattr(type(self), name)
+                if self.mixer not in mixers and got != default:
+                    raise AnymambaError(f"config: {name}={got!r} with mixer={self.mixer!r}, which has nothing that it "
+                                        f"changes: leave it out, or take mixer={mixers[0]!r}")  # fmt: skip
+        if self.mixer == "s4d":
+            _require("d_state", self.d_state, "even for mixer='s4d', whose state is complex", lambda v: v % 2 == 0)
 
     @property
     def d_inner(self) -> int:
@@ -69,6 +89,27 @@ class MambaConfig:
     def rank(self) -> int:
         """R with the default filled in."""
         return self.dt_rank or math.ceil(self.d_model / 16)
+
+    @property
+    def selects(self) -> tuple[str, ...]:
+        """Which of B, C and dt depend on the input."""
+        return tuple(name for name in self.selective.split(",") if name)
+
+    @property
+    def conv_width(self) -> int:
+        """Inputs that a layer keeps for its convolution: W - 1, or none."""
+        return self.d_conv - 1 if self.mixer in CONVOLVING and self.use_conv else 0
+
+    @property
+    def state_width(self) -> int:
+        """Real numbers of state that a layer keeps per channel."""
+        return {"rnn": 1, "gru": 1, "lstm": 2}.get(self.mixer, self.d_state)
+
+    @property
+    def published(self) -> bool:
+        """Whether the blocks are those of the published models: what fused kernels and foreign file formats know."""
+        return all(getattr(self, name) == getattr(type(self), name)
+                   for name in ("mixer", "discretization", "selective", "gate", "use_conv"))  # fmt: skip
 
     @property
     def padded_vocab_size(self) -> int:
@@ -95,6 +136,27 @@ class MambaConfig:
         if name not in PRESETS:
             raise AnymambaError(f"unknown preset {name!r}: known presets are {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name] | changes)
+
+
+SELECTIVE = ("B", "C", "dt")
+CONVOLVING = ("mamba", "s4d")
+_CHOICES = {
+    "mixer": ("mamba", "s4d", "rnn", "lstm", "gru"),
+    "discretization": DISCRETIZATIONS,
+    "s4d_init": ("lin", "inv", "real", "legs"),
+}
+# fields, and the mixers that have what they change: asked of another one, they would be ignored
+_BELONGS = (
+    (("selective", "inner_norm_eps", "dt_rank", "dt_scale"), ("mamba",)),
+    (("discretization",), CONVOLVING),
+    (("s4d_init",), ("s4d",)),
+    (("gate", "use_conv", "d_conv", "conv_bias", "d_state", "dt_min", "dt_max", "dt_init_floor"), CONVOLVING),
+)
+
+
+def _is_selection(value):
+    given = value.split(",") if isinstance(value, str) else ["?"]
+    return value == "" or (len(set(given)) == len(given) and set(given) <= set(SELECTIVE))
 
 
 def check_keys(kind: type, values: dict[str, Any], what: str) -> None:

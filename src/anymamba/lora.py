@@ -172,7 +172,8 @@ def _attach(model, config) -> Adapter:
         peft_model = _peft().PeftModel(model, config)
     except (ValueError, TypeError, RuntimeError) as error:
         raise AnymambaError(f"lora: peft cannot attach this adapter ({error}); {_choices(model)}") from None
-    if any(getattr(block.mixer.dt_proj, "use_dora", {}).get("default") for block in model.backbone.layers):
+    step_layers = (getattr(block.mixer, "dt_proj", None) for block in model.backbone.layers)
+    if any(getattr(layer, "use_dora", {}).get("default") for layer in step_layers):
         raise AnymambaError("lora: DoRA on dt_proj does not compute what is merged, for the scan adds the bias of that "
                             "layer, and DoRA takes it off its output: leave dt_proj out of the targets")  # fmt: skip
     return Adapter(model, peft_model, fingerprint)

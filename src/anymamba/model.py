@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.ids import WHOLE, as_ids, check_labels
-from anymamba.layers import Block, Linear, MambaMixer, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
+from anymamba.layers import Block, Linear, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
+from anymamba.layers.init import init_mixer, uniform
 from anymamba.layers.irregular import check_gaps
+from anymamba.layers.mixers import CONSTANTS, MIXERS
 from anymamba.padding import pack, unpack
 from anymamba.state import MambaState, StateHistory, places
 
@@ -97,7 +99,7 @@ class MambaLM(nn.Module):
         if labels is not None:
             check_labels(labels, (b, t), self.config.vocab_size)
         if delta is not None:
-            check_gaps(delta, (b, t))
+            check_gaps(delta, (b, t), self.config.mixer)
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
         plain = lengths is None and cu_seqlens is None and labels is None and return_states is None
@@ -207,7 +209,7 @@ class MambaLM(nn.Module):
         if state is None:
             return
         config = self.config
-        want = (rows, config.d_inner, config.d_state)
+        want = (rows, config.d_inner, config.state_width)
         got = tuple(state.layers[0].ssm.shape)
         if len(state.layers) != config.n_layer or got != want:
             raise AnymambaError(
@@ -238,6 +240,7 @@ class MambaLM(nn.Module):
         | dt_proj.weight | U(±dt_scale/√r) |
         | dt_proj.bias | softplus⁻¹(Δ), Δ log-uniform in [dt_min, dt_max], at least dt_init_floor |
         | A_log | log(1 … n) in every channel (S4D-Real) |
+        | constant B, C, dt of ablations, other mixers | see `layers.init` |
         | D, norms | 1 |
         | biases of in_proj, out_proj | 0 |
         """
@@ -247,10 +250,10 @@ class MambaLM(nn.Module):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, config.initializer_range)
-            elif isinstance(module, MambaMixer):
-                _init_mixer(module, config)
+            elif isinstance(module, MIXERS):
+                init_mixer(module, config)
         if config.vocab_size is not None and not config.tie_embeddings:
-            _uniform(self.lm_head.weight, config.d_model**-0.5)
+            uniform(self.lm_head.weight, config.d_model**-0.5)
 
     def param_groups(self, weight_decay: float = 0.1) -> list[dict]:
         """Two optimizer groups: matrices with weight decay; A_log, D, biases and norms without.
@@ -260,7 +263,7 @@ class MambaLM(nn.Module):
         decay, free = [], []
         for name, p in self.named_parameters():
             if p.requires_grad:
-                (free if p.dim() < 2 or name.endswith("A_log") else decay).append(p)
+                (free if p.dim() < 2 or name.rpartition(".")[2] in CONSTANTS else decay).append(p)
         return [{"params": decay, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
     def num_params(self, embedding: bool = True) -> int:
@@ -279,9 +282,9 @@ class MambaLM(nn.Module):
         appendix D counts 9·b·t·d·n).
         """
         c = self.config
-        d, m = c.d_inner, c.d_model
-        matrices = m * 2 * d + d * (c.rank + 2 * c.d_state) + c.rank * d + d * m
-        return c.n_layer * (2 * matrices + 2 * c.d_conv * d + 9 * d * c.d_state) + 2 * m * c.padded_vocab_size
+        return (
+            sum(block.mixer.flops_per_token() for block in self.backbone.layers) + 2 * c.d_model * c.padded_vocab_size
+        )
 
     def bytes_per_step(self, batch_size: int = 1) -> int:
         """Bytes that decoding one token for every row must move: all weights once, the state read and written."""
@@ -321,26 +324,3 @@ class MambaLM(nn.Module):
         from anymamba.checkpoint import load
 
         return load(name_or_path, device=device, dtype=dtype, quantize=quantize, revision=revision)
-
-
-def _uniform(p, bound):
-    p.uniform_(-bound, bound)
-
-
-def _init_mixer(mixer: MambaMixer, c: MambaConfig) -> None:
-    d, n, r = c.d_inner, c.d_state, c.rank
-    _uniform(mixer.in_proj.weight, c.d_model**-0.5)
-    _uniform(mixer.x_proj.weight, d**-0.5)
-    _uniform(mixer.out_proj.weight, d**-0.5 / math.sqrt(c.n_layer))
-    _uniform(mixer.conv1d.weight, c.d_conv**-0.5)
-    if c.conv_bias:
-        _uniform(mixer.conv1d.bias, c.d_conv**-0.5)
-    if c.bias:
-        mixer.in_proj.bias.zero_()
-        mixer.out_proj.bias.zero_()
-    _uniform(mixer.dt_proj.weight, c.dt_scale * r**-0.5)
-    low, high = math.log(c.dt_min), math.log(c.dt_max)
-    dt = torch.exp(torch.rand(d, device=mixer.D.device) * (high - low) + low).clamp(min=c.dt_init_floor)
-    mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-    mixer.A_log.copy_(torch.log(torch.arange(1, n + 1, dtype=torch.float32)).expand(d, n))
-    mixer.D.fill_(1)

@@ -22,7 +22,11 @@ EXTRA = "extra."  # begins the names of tensors in a file that are not of the st
 
 
 class LayerState(NamedTuple):
-    """State of one Mamba layer: `conv` (b,d,w-1) its last inputs, `ssm` (b,d,n) float32."""
+    """State of one layer: `conv` (b,d,w-1) its last inputs, (b,d,0) where nothing convolves, and `ssm` (b,d,n) float32.
+
+    What a mixer other than Mamba remembers is `ssm`, too: real and imaginary parts of S4D's n/2 numbers side by side,
+    h of an RNN or GRU (b,d,1), h and c of an LSTM (b,d,2).
+    """
 
     conv: Tensor
     ssm: Tensor
@@ -38,9 +42,9 @@ class MambaState:
     @classmethod
     def zeros(cls, config: MambaConfig, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> Self:
         """The state before the first token. `dtype` is that of the activations (the SSM state is float32)."""
-        d, n, w = config.d_inner, config.d_state, config.d_conv
+        d, n, w = config.d_inner, config.state_width, config.conv_width
         layer = lambda: LayerState(  # noqa: E731
-            torch.zeros(batch_size, d, w - 1, device=device, dtype=dtype), torch.zeros(batch_size, d, n, device=device)
+            torch.zeros(batch_size, d, w, device=device, dtype=dtype), torch.zeros(batch_size, d, n, device=device)
         )
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return cls(tuple(layer() for _ in range(config.n_layer)), seen)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
 
@@ -20,13 +19,6 @@ CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bi
 INDEX = ".index.json"  # behind the name of the weights: which shard holds which tensor
 SHARD = 5 * 10**9  # bytes of a file; larger models are written in several
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-
-
-def check_usual(config: MambaConfig, form: str) -> None:
-    """Raises AnymambaError for a model that the programs of a format would load and compute otherwise."""
-    if config.discretization != "mamba":
-        raise AnymambaError(f"the format {form} has no key for discretization={config.discretization!r}, and its "
-                            "programs would compute Mamba's own: save as native")  # fmt: skip
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -43,6 +35,15 @@ def peek(path: Path) -> dict[str, Any]:
         return read_settings(path)
     except AnymambaError:
         return {}
+
+
+def check_published(model, format: str) -> None:
+    """Raises AnymambaError for a model whose blocks a format of others has no words for."""
+    if not model.config.published:
+        c = model.config
+        raise AnymambaError(f"the format {format} is for the published Mamba, and this model has mixer={c.mixer!r}, "
+                            f"discretization={c.discretization!r}, selective={c.selective!r}, gate={c.gate}, "
+                            f"use_conv={c.use_conv}: save it as native")  # fmt: skip
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

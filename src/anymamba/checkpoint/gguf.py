@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint import gguf_vocabulary
-from anymamba.checkpoint.folder import check_usual
+from anymamba.checkpoint.folder import check_published
 from anymamba.checkpoint.gguf_file import MAGIC, PLAIN, GgufFile
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
@@ -245,10 +245,10 @@ def _writable(model: MambaLM) -> dict[str, Tensor]:
         raise AnymambaError(
             'a quantised model cannot be saved: save the model that it was made from, with dtype="Q8_0"'
         )
+    check_published(model, "gguf")
     if c.vocab_size is None or c.bias or c.expand != 2:
         raise AnymambaError(f"llama.cpp runs Mamba with a vocabulary, expand=2 and bias=False; this has vocab_size="
                             f"{c.vocab_size}, expand={c.expand}, bias={c.bias}: {cure}")  # fmt: skip
-    check_usual(c, "gguf")
     state, shapes = model.state_dict(), _shapes(c)
     if extra := sorted(set(state) - set(shapes) - {"lm_head.weight"}):
         raise AnymambaError(

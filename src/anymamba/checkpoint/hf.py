@@ -13,7 +13,7 @@ from torch import Tensor
 from anymamba.checkpoint.assemble import EMBEDDING, HEAD
 from anymamba.checkpoint.folder import (
     CONFIG,
-    check_usual,
+    check_published,
     peek,
     read_settings,
     read_tensors,
@@ -103,12 +103,12 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def save(model: MambaLM, path: Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads; each file atomically.
 
-    Raises AnymambaError for a model without vocabulary, or with another discretization than Mamba's.
+    Raises AnymambaError for a model without vocabulary, or with other blocks than the published.
     """
     c = model.config
+    check_published(model, "hf")
     if c.vocab_size is None:
         raise AnymambaError("the format hf is for language models, and this one has vocab_size=None: save as native")
-    check_usual(c, "hf")
     kind = "mamba" if c.inner_norm_eps is None else "falcon_mamba"
     ours = c.to_dict() | {"vocab_size": c.padded_vocab_size, "dt_rank": c.rank}
     settings = {"architectures": [KINDS[kind]], "model_type": kind}

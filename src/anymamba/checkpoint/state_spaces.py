@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint.assemble import EMBEDDING, HEAD
-from anymamba.checkpoint.folder import BIN, check_usual, peek, read_settings, read_tensors, remove_others, write_settings
+from anymamba.checkpoint.folder import (
+    BIN,
+    check_published,
+    peek,
+    read_settings,
+    read_tensors,
+    remove_others,
+    write_settings,
+)
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
@@ -65,14 +73,15 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def save(model: MambaLM, path: Path) -> None:
     """Write a folder that mamba-ssm's `MambaLMHeadModel.from_pretrained` loads; each file atomically.
 
-    Raises AnymambaError for what its config cannot say: another epsilon of the norms, inner norms, no vocabulary.
+    Raises AnymambaError for what its config cannot say: other blocks than the published, another epsilon of the norms,
+    inner norms, no vocabulary.
     """
     c = model.config
+    check_published(model, "state-spaces")
     if c.vocab_size is None or c.norm_eps != EPS or c.inner_norm_eps is not None:
         raise AnymambaError(f"the format state-spaces has no key for norm_eps={c.norm_eps} (always {EPS}), "
                             f"inner_norm_eps={c.inner_norm_eps} or vocab_size={c.vocab_size}: save as native "
                             "or hf")  # fmt: skip
-    check_usual(c, "state-spaces")
     state = {name: v.detach().cpu() for name, v in model.state_dict().items()}
     if c.tie_embeddings:
         state[HEAD] = state[EMBEDDING]  # mamba-ssm wants to find it; stored once

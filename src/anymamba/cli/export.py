@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load_run(options.run)
     export.onnx(model, options.out, length=options.length, batch_size=options.batch_size)
     c, rows = model.config, options.batch_size
-    conv, ssm = (rows, c.d_inner, c.d_conv - 1), (rows, c.d_inner, c.d_state)
+    conv, ssm = (rows, c.d_inner, c.conv_width), (rows, c.d_inner, c.state_width)
     print(f"{Path(options.out).stat().st_size / 1e6:.1f} MB in {options.out}")
     print(f"in   ids {(rows, options.length)} int64, tokens of {tokenizer.name!r}, and the state:")
     print(f"     conv_i {conv}, ssm_i {ssm} float32 for i = 0 … {c.n_layer - 1}")

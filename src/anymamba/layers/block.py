@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
-from anymamba.layers.mamba import MambaMixer
+from anymamba.layers.mixers import make_mixer
 from anymamba.layers.norm import RMSNorm
 from anymamba.state import LayerState
 
@@ -12,7 +12,7 @@ class Block(nn.Module):
     def __init__(self, config: MambaConfig, device=None, dtype=None):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps, device=device, dtype=dtype)
-        self.mixer = MambaMixer(config, device=device, dtype=dtype)
+        self.mixer = make_mixer(config, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None,
                 return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip

@@ -49,11 +49,11 @@ def takes(mixer: nn.Module, xz: Tensor) -> bool:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if not mixer.config.published:
+        return False
     if xz.dtype != compute_dtype(xz.device.type, mixer.x_proj.weight.dtype) or 0 in xz.shape or xz.shape[1] == 1:
         return False
     if mixer.config.inner_norm_eps is not None or not all(map(_alone, (mixer.conv1d, mixer.x_proj, mixer.dt_proj))):
-        return False
-    if mixer.config.discretization != "mamba":
         return False
     return "reference" not in _backends(xz, mixer.A_log, mixer.conv1d.weight.squeeze(1))
 

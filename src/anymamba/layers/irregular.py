@@ -36,8 +36,10 @@ def gap_steps(raw: Tensor, bias: Tensor, delta: Tensor) -> Tensor:
     return F.softplus(raw.to(real) + bias.to(real)) * delta.to(raw.device, real)[..., None]
 
 
-def check_gaps(delta: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises AnymambaError if gaps are not real numbers (b,t)."""
+def check_gaps(delta: Tensor, shape: tuple[int, ...], mixer: str = "mamba") -> None:
+    """Raises AnymambaError if gaps are not real numbers (b,t), or the mixers have no step sizes to multiply."""
+    if mixer != "mamba":
+        raise AnymambaError(f"delta is for mixer='mamba', whose step sizes gaps multiply, and this one is {mixer!r}")
     if tuple(delta.shape) != tuple(shape) or delta.is_complex() or delta.dtype == torch.bool:
         raise AnymambaError(f"delta is {tuple(delta.shape)} {delta.dtype}, but must be numbers (batch, seqlen) = "
                             f"{tuple(shape)}: the time between each sample and the one before it")  # fmt: skip

@@ -4,9 +4,11 @@ Axes: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, s s
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
+from anymamba.layers.exact import ExactParameters
 from anymamba.layers.inner import mamba_inner, takes
 from anymamba.layers.irregular import gap_steps
 from anymamba.layers.linear import Linear, StepProjection
@@ -15,18 +17,30 @@ from anymamba.ops import causal_conv1d, selective_scan
 from anymamba.state import LayerState, places
 
 
-class MambaMixer(nn.Module):
-    """Mixes along time: (b,t,m) → (b,t,m). Parameter names and shapes are those of the published checkpoints."""
+class MambaMixer(ExactParameters):
+    """Mixes along time: (b,t,m) → (b,t,m). Parameter names and shapes are those of the published checkpoints.
+
+    `selective`, `gate` and `use_conv` of the config leave parts out, for ablations (the paper's section 4.6): a B, C or
+    dt that does not depend on the input is a parameter of its own, and nothing exists that is not used.
+    """
 
     def __init__(self, config: MambaConfig, device=None, dtype=None):
         super().__init__()
         m, d, n, r, w = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
         kw = {"device": device, "dtype": dtype}
         self.config = config
-        self.in_proj = Linear(m, 2 * d, bias=config.bias, **kw)  # rows [x; z]
-        self.conv1d = nn.Conv1d(d, d, w, groups=d, bias=config.conv_bias, **kw)  # holds weights; `ops` convolves
-        self.x_proj = Linear(d, r + 2 * n, bias=False, **kw)  # rows [dt; B; C]
-        self.dt_proj = StepProjection(r, d, bias=True, **kw)
+        self.sizes = {name: size for name, size in (("dt", r), ("B", n), ("C", n)) if name in config.selects}
+        self.in_proj = Linear(m, 2 * d if config.gate else d, bias=config.bias, **kw)  # rows [x; z]
+        if config.use_conv:
+            self.conv1d = nn.Conv1d(d, d, w, groups=d, bias=config.conv_bias, **kw)  # holds weights; `ops` convolves
+        if self.sizes:
+            self.x_proj = Linear(d, sum(self.sizes.values()), bias=False, **kw)  # rows [dt; B; C]
+        if "dt" in self.sizes:
+            self.dt_proj = StepProjection(r, d, bias=True, **kw)
+        else:
+            self.dt_bias = nn.Parameter(torch.empty(d, device=device))
+        for name in {"B", "C"} - self.sizes.keys():
+            self.register_parameter(name, nn.Parameter(torch.empty(d, n, device=device)))
         self.A_log = nn.Parameter(torch.empty(d, n, device=device))  # A = -exp(A_log), always float32
         self.D = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
@@ -46,17 +60,11 @@ class MambaMixer(nn.Module):
                 self.dt_proj.bias, self._A(), self.D, conv_state, ssm_state, cu_seqlens,
             )  # fmt: skip
             return self.out_proj(y), LayerState(*after)
-        x, z = xz.chunk(2, dim=-1)
+        x, z = xz.chunk(2, dim=-1) if self.config.gate else (xz, None)
         conv_states = None if return_states is None else self._conv_states(x, conv_state, return_states)
-        x, conv_state = causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
-            initial_state=conv_state, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-        # what makes it selective: step size, input and output matrices depend on the input
-        dt, B, C = self.x_proj(x).split([self.config.rank, self.config.d_state, self.config.d_state], dim=-1)
-        if (eps := self.config.inner_norm_eps) is not None:
-            dt, B, C = (inner_norm(v, eps) for v in (dt, B, C))
-        dt, dt_bias = self.dt_proj(dt), self.dt_proj.bias
+        x, conv_state = self._convolved(x, conv_state, cu_seqlens)
+        dt, B, C = self._selected(x)
+        dt_bias = self._dt_bias()
         if delta is not None:
             dt, dt_bias = gap_steps(dt, dt_bias, delta), None
         y, ssm_state, *ssm_states = selective_scan(
@@ -67,23 +75,44 @@ class MambaMixer(nn.Module):
         after = LayerState(conv_state, ssm_state) if return_states is None else LayerState(conv_states, *ssm_states)
         return self.out_proj(y), after
 
+    def _convolved(self, x, before, cu_seqlens):
+        if not self.config.use_conv:
+            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            return F.silu(x), x.new_zeros(rows, x.shape[2], 0)
+        return causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
+            initial_state=before, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+
+    def _selected(self, x):
+        """What makes it selective: step size dt (b,t,d), input and output matrices B, C (b,t,n) depend on the input.
+        Where one does not, it is a constant: B, C (d,n); a dt of 0, to which its bias is added."""
+        parts = self.x_proj(x).split(list(self.sizes.values()), dim=-1) if self.sizes else ()
+        if (eps := self.config.inner_norm_eps) is not None:
+            parts = [inner_norm(v, eps) for v in parts]
+        parts = dict(zip(self.sizes, parts, strict=True))
+        dt = self.dt_proj(parts["dt"]) if "dt" in parts else torch.zeros_like(x)
+        return dt, *(parts[name] if name in parts else getattr(self, name) for name in ("B", "C"))
+
+    def _dt_bias(self):
+        return self.dt_proj.bias if "dt" in self.sizes else self.dt_bias
+
+    def _exact(self):
+        return [*super()._exact(), self._dt_bias()]
+
     def _A(self):
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def _conv_states(self, x, before, k):
         """The last w-1 of the inputs x (b,t,d) after every k tokens and the last: (b,p,d,w-1)."""
-        (b, t, d), w = x.shape, self.config.d_conv
+        (b, t, d), w = x.shape, self.config.conv_width + 1
         before = x.new_zeros(b, w - 1, d) if before is None else before.transpose(1, 2).to(x.dtype)
         after = torch.cat([before, x], 1).unfold(1, w - 1, 1)  # (b,t+1,d,w-1): at i those after i tokens
         return after[:, list(places(t, k))]
 
-    def _apply(self, fn, recurse=True):
-        # model.bfloat16() must not round A, D and the step bias: errors in A compound over the whole text
-        keep = {id(self.A_log), id(self.D), id(self.dt_proj.bias)}
-
-        def convert(v):
-            out = fn(v)
-            lowered = id(v) in keep and out.dtype in (torch.bfloat16, torch.float16)
-            return v.to(out.device) if lowered else out
-
-        return super()._apply(convert, recurse)
+    def flops_per_token(self) -> int:
+        """See `MambaLM.flops_per_token`."""
+        c = self.config
+        d, m, selected = c.d_inner, c.d_model, sum(self.sizes.values())
+        matrices = m * (2 * d if c.gate else d) + d * selected + self.sizes.get("dt", 0) * d + d * m
+        return 2 * matrices + (2 * c.d_conv * d if c.use_conv else 0) + 9 * d * c.d_state

@@ -48,10 +48,11 @@ class BlockWeights(NamedTuple):
 
 
 def block_weights(block: nn.Module) -> BlockWeights | None:
-    """The parameters of a block; None if they are not all that it does: something replaces a part of it or listens."""
-    if not is_plain(block) or block.mixer.config.discretization != "mamba":
-        return None
+    """The parameters of a block; None if they are not all that it does: something replaces a part of it or listens,
+    or its mixer is another than the published one."""
     mixer = block.mixer
+    if not (is_plain(block) and mixer.config.published):
+        return None
     return BlockWeights(
         block.norm.weight, matrix(mixer.in_proj), mixer.in_proj.bias, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias,
         matrix(mixer.x_proj), matrix(mixer.dt_proj), mixer.dt_proj.bias, mixer.A_log, mixer.D, matrix(mixer.out_proj),

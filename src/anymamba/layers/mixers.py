@@ -1,0 +1,17 @@
+"""Every kind of mixer, by its name in the config."""
+
+from torch import nn
+
+from anymamba.config import MambaConfig
+from anymamba.layers.mamba import MambaMixer
+from anymamba.layers.recurrent import RecurrentMixer
+from anymamba.layers.s4d import S4DMixer
+
+KINDS = {"mamba": MambaMixer, "s4d": S4DMixer, "rnn": RecurrentMixer, "lstm": RecurrentMixer, "gru": RecurrentMixer}
+MIXERS = tuple(set(KINDS.values()))
+CONSTANTS = {"A_log", "A_imag", "B", "C"}  # parameters of two axes or more that weight decay must not pull to 0
+
+
+def make_mixer(config: MambaConfig, device=None, dtype=None) -> nn.Module:
+    """The mixer that the config names, uninitialised: `layers.init` fills it."""
+    return KINDS[config.mixer](config, device=device, dtype=dtype)

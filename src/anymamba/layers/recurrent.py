@@ -1,0 +1,43 @@
+"""Recurrent networks from before state-space models, to compare with: torch's own RNN, LSTM and GRU.
+
+Axes: b batch, t time, m d_model, d d_inner.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.config import MambaConfig
+from anymamba.layers.linear import Linear
+from anymamba.layers.sequence import SequenceMixer
+from anymamba.state import LayerState
+
+KINDS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class RecurrentMixer(SequenceMixer):
+    """One layer of d_inner cells and a projection back to d_model. `cell` has torch's parameter names and defaults.
+
+    With g gates (1, 4, 3 for rnn, lstm, gru) it has g·d (m + d + 2) + d·m parameters, where Mamba has about 3·d·m: a
+    smaller `expand` makes models of one size. The state is h, for an LSTM h and c.
+    """
+
+    def __init__(self, config: MambaConfig, device=None, dtype=None):
+        super().__init__(config)
+        m, d = config.d_model, config.d_inner
+        self.cell = KINDS[config.mixer](m, d, batch_first=True, device=device, dtype=dtype)
+        self.out_proj = Linear(d, m, bias=config.bias, device=device, dtype=dtype)
+
+    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """See `SequenceMixer.read`."""
+        dtype = self.cell.weight_hh_l0.dtype
+        before = tuple(v.to(dtype)[None].contiguous() for v in state.ssm.unbind(-1))
+        with torch.autocast(u.device.type, enabled=False):  # a recurrence in 16 bits adds up its errors
+            y, after = self.cell(u.to(dtype), before if self.config.mixer == "lstm" else before[0])
+        after = after if self.config.mixer == "lstm" else (after,)
+        ssm = torch.stack([v.squeeze(0) for v in after], -1).to(state.ssm.dtype)
+        return self.out_proj(y), LayerState(state.conv, ssm)
+
+    def flops_per_token(self) -> int:
+        """Of the matrices; see `MambaLM.flops_per_token`."""
+        cell = self.cell
+        return 2 * sum(v.numel() for v in (cell.weight_ih_l0, cell.weight_hh_l0, self.out_proj.weight))

@@ -1,0 +1,69 @@
+"""S4D (arXiv 2206.11893) in the place of the selective scan: the same block, and a time-invariant model within.
+
+Axes: b batch, t time, m d_model, d d_inner, n pairs of the state (d_state / 2), w d_conv.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anymamba.config import MambaConfig
+from anymamba.layers.exact import ExactParameters
+from anymamba.layers.linear import Linear
+from anymamba.layers.sequence import SequenceMixer
+from anymamba.ops import causal_conv1d
+from anymamba.reference import discretize, lti
+from anymamba.state import LayerState
+
+
+class S4DMixer(ExactParameters, SequenceMixer):
+    """A Mamba mixer whose SSM has constant step sizes and matrices, so that it is a convolution too.
+
+    A = -exp(A_log) + i A_imag is complex, each entry stands for itself and its conjugate; B is 1, as only B C matters.
+    The state keeps real and imaginary parts side by side, (b,d,d_state).
+    """
+
+    def __init__(self, config: MambaConfig, device=None, dtype=None):
+        super().__init__(config)
+        m, d, n, w = config.d_model, config.d_inner, config.d_state // 2, config.d_conv
+        kw = {"device": device, "dtype": dtype}
+        self.in_proj = Linear(m, 2 * d if config.gate else d, bias=config.bias, **kw)  # rows [x; z]
+        if config.use_conv:
+            self.conv1d = nn.Conv1d(d, d, w, groups=d, bias=config.conv_bias, **kw)
+        self.A_log = nn.Parameter(torch.empty(d, n, device=device))
+        self.A_imag = nn.Parameter(torch.empty(d, n, device=device))
+        self.C = nn.Parameter(torch.empty(d, n, 2, device=device))  # real and imaginary parts
+        self.D = nn.Parameter(torch.empty(d, device=device))
+        self.log_dt = nn.Parameter(torch.empty(d, device=device))
+        self.out_proj = Linear(d, m, bias=config.bias, **kw)
+
+    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """See `SequenceMixer.read`. One token is a step of the recurrence, more are convolved."""
+        xz = self.in_proj(u)
+        x, z = xz.chunk(2, dim=-1) if self.config.gate else (xz, None)
+        if self.config.use_conv:
+            x, conv_state = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
+                                          initial_state=state.conv)  # fmt: skip
+        else:
+            x, conv_state = F.silu(x), x.new_zeros(state.conv.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            y, ssm_state = self._ssm(x.to(torch.promote_types(x.dtype, torch.float32)), state.ssm)
+        y = y.to(x.dtype)
+        return self.out_proj(y if z is None else y * F.silu(z)), LayerState(conv_state, ssm_state)
+
+    def _ssm(self, x, state):
+        A, C, D, dt = (v.to(x.dtype) for v in (self.A_log, self.C, self.D, self.log_dt.exp()))
+        A = torch.complex(-torch.exp(A), self.A_imag.to(x.dtype))
+        A_bar, B_bar, _ = discretize(A, torch.ones_like(A), dt[:, None], self.config.discretization)
+        h = torch.view_as_complex(state.unflatten(-1, (-1, 2)).contiguous())
+        run = lti.recurrence if x.shape[1] == 1 else lti.chunked
+        y, h = run(x, A_bar, B_bar, torch.view_as_complex(C), h)
+        return y + D * x, torch.view_as_real(h).flatten(-2)
+
+    def flops_per_token(self) -> int:
+        """Of the recurrence: a complex number of the state takes a complex and a real-by-complex product, two sums and
+        the real part of a product, 16 operations. See `MambaLM.flops_per_token`."""
+        c = self.config
+        matrices = self.in_proj.in_features * self.in_proj.out_features + c.d_inner * c.d_model
+        conv = 2 * c.d_conv * c.d_inner if c.use_conv else 0
+        return 2 * matrices + conv + 16 * c.d_inner * c.d_state // 2

@@ -1,0 +1,68 @@
+"""What mixers share that know only how to read rows of one length.
+
+Axes: b batch, t time, m d_model, d d_inner, w conv_width, n state_width, s sequences, p places.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.config import MambaConfig
+from anymamba.errors import AnymambaError
+from anymamba.registration import check_bounds
+from anymamba.state import LayerState, places
+
+
+class SequenceMixer(nn.Module):
+    """Mixes along time: (b,t,m) → (b,t,m), by `read`, which a subclass has."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+
+    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """u (b,t,m) and the state before it → y (b,t,m) and the state after it."""
+        raise NotImplementedError
+
+    def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
+                return_states: int | None = None):  # fmt: skip
+        """u (b,t,m) → y (b,t,m) and the new LayerState, one row a sequence. Arguments as `MambaMixer.forward` has them.
+
+        Raises AnymambaError for a state or cu_seqlens that do not fit.
+        """
+        rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        state = self._checked(state, u, rows)
+        if cu_seqlens is not None:
+            return self._read_packed(u, state, cu_seqlens)
+        if return_states is None:
+            return self.read(u, state)
+        y, states = [], []
+        places(u.shape[1], return_states)  # refuses numbers that make no sense
+        for piece in u.split(return_states, 1):
+            out, state = self.read(piece, state)
+            y.append(out)
+            states.append(state)
+        return torch.cat(y, 1), LayerState(*(torch.stack(v, 1) for v in zip(*states, strict=True)))
+
+    def _read_packed(self, u, state, cu_seqlens):
+        check_bounds(cu_seqlens, u.shape[1])
+        sizes = cu_seqlens.diff().tolist()
+        y, after = [], []
+        for i, piece in enumerate(u.split(sizes, 1)):
+            row = LayerState(*(v[i : i + 1] for v in state))
+            out, row = self.read(piece, row) if piece.shape[1] else (piece, row)
+            y.append(out)
+            after.append(row)
+        dtype = next((out.dtype for out in y if out.shape[1]), u.dtype)  # an empty sequence is as it came
+        conv, ssm = zip(*after, strict=True)
+        return torch.cat([out.to(dtype) for out in y], 1), LayerState(torch.cat(conv), torch.cat(ssm))
+
+    def _checked(self, state, u, rows):
+        """The state, zeros if there is none."""
+        c, real = self.config, torch.promote_types(u.dtype, torch.float32)
+        shapes = (rows, c.d_inner, c.conv_width), (rows, c.d_inner, c.state_width)
+        if state is None:
+            return LayerState(u.new_zeros(shapes[0]), u.new_zeros(shapes[1], dtype=real))
+        if (got := tuple(tuple(v.shape) for v in state)) != shapes:
+            raise AnymambaError(f"mixer {c.mixer!r}: the state is conv {got[0]}, ssm {got[1]}, but this input needs "
+                                f"{shapes[0]} and {shapes[1]}: one row a sequence")  # fmt: skip
+        return LayerState(state[0], state[1].to(real))

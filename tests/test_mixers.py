@@ -1,0 +1,294 @@
+"""Mixers other than the published Mamba: the same laws and interface, and nothing quietly computes another."""
+
+import copy
+
+import pytest
+import torch
+
+from anymamba import AnymambaError, MambaConfig, MambaLM, MambaState, SamplingConfig, export, lora
+from anymamba.generate import generate
+from anymamba.generate.decode import Decoder, _kernels_for
+from anymamba.layers import Block, quantize
+from anymamba.layers.inner import takes
+from anymamba.layers.step import block_weights
+from anymamba.reference import discretize, hippo, lti
+from anymamba.state import state_info
+
+SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
+CASES = {
+    "s4d": {"mixer": "s4d", "d_state": 6, "discretization": "zoh"},
+    "s4d-bare": {"mixer": "s4d", "gate": False, "use_conv": False, "s4d_init": "legs", "discretization": "bilinear"},
+    "rnn": {"mixer": "rnn"},
+    "lstm": {"mixer": "lstm", "expand": 1},
+    "gru": {"mixer": "gru", "bias": True},
+    "none": {"selective": ""},
+    "B": {"selective": "B", "bias": True},
+    "C": {"selective": "C", "inner_norm_eps": 1e-5},
+    "dt": {"selective": "dt", "d_conv": 1},
+    "B,dt": {"selective": "dt,B", "gate": False},
+    "bare": {"selective": "B,C", "gate": False, "use_conv": False},
+}
+OTHERS = [name for name, case in CASES.items() if "mixer" in case]
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def make(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(**SIZES | CASES[name], initializer_range=1.0)).to(dtype)
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            block.mixer.out_proj.weight.mul_(4)  # what the mixers say must count
+    return model
+
+
+def tokens(b, t, seed=0):
+    return torch.randint(23, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_state(got, want):
+    assert torch.equal(got.seen, want.seen)
+    for i, j in zip(export.flatten(got), export.flatten(want), strict=True):
+        torch.testing.assert_close(i, j, rtol=1e-10, atol=1e-11)
+
+
+def assert_same(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+@cases
+def test_split_and_step_are_whole(name):
+    m, ids = make(name), tokens(2, 140)
+    want = m(ids)
+    first = m(ids[:, :131])
+    second = m(ids[:, 131:], first.state)
+    assert_same(torch.cat([first.logits, second.logits], 1), want.logits)
+    assert_state(second.state, want.state)
+    state = first.state
+    for i in range(131, 140):
+        out = m(ids[:, i : i + 1], state)
+        state = out.state
+        assert_same(out.logits[:, 0], want.logits[:, i])
+    assert_state(state, want.state)
+    assert float((m(ids[:, 131:]).logits - second.logits).abs().max()) > 1e-3  # the state matters
+
+
+@cases
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_is_unpadded(name, side):
+    m, ids, lengths = make(name), tokens(4, 9), [4, 0, 9, 1]
+    before = m(tokens(4, 3, seed=1)).state
+    for state in (None, before):
+        out = m(ids, state, torch.tensor(lengths), padding_side=side)
+        for row, length in enumerate(lengths):
+            mine = None if state is None else state.select([row])
+            if length == 0:
+                want = MambaState.zeros(m.config, 1).to(dtype=torch.float64, ssm_dtype=torch.float64)
+                assert_state(out.state.select([row]), mine or want)
+                continue
+            real = slice(0, length) if side == "right" else slice(9 - length, 9)
+            alone = m(ids[row : row + 1, real], mine)
+            assert_same(out.logits[row : row + 1, real], alone.logits)
+            assert_state(out.state.select([row]), alone.state)
+
+
+@cases
+def test_packed_and_states_on_the_way(name):
+    m, ids, bounds = make(name), tokens(1, 10), torch.tensor([0, 3, 3, 10])
+    before = m(tokens(3, 2, seed=1)).state
+    out = m(ids, before, cu_seqlens=bounds)
+    alone = m(ids[:, 3:], before.select([2]))
+    assert_same(out.logits[:, 3:], alone.logits)
+    assert_state(out.state.select([2]), alone.state)
+    assert_state(out.state.select([1]), before.select([1]))
+    ids = tokens(2, 10)
+    history = m(ids, return_states=4)
+    assert_same(history.logits, m(ids).logits)
+    assert_state(history.states.after([4, 8]), MambaState.cat([m(ids[:1, :4]).state, m(ids[1:, :8]).state]))
+
+
+@cases
+def test_gradients_reach_everything_and_pass_through_the_state(name):
+    m, ids = make(name), tokens(2, 12)
+    labels, parameters = tokens(2, 12, seed=1), list(m.parameters())
+    whole = torch.autograd.grad(m(ids, labels=labels).loss, parameters)
+    assert all(float(g.abs().max()) > 0 for g in whole)
+    first = m(ids[:, :5], labels=labels[:, :5])
+    second = m(ids[:, 5:], first.state, labels=labels[:, 5:])
+    halves = torch.autograd.grad((first.loss * 5 + second.loss * 7) / 12, parameters)
+    for got, want in zip(halves, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@cases
+def test_states_and_models_as_files(name, tmp_path):
+    m, ids = make(name, torch.float32), tokens(2, 5)
+    state = m(ids).state
+    assert [v.shape for v in export.flatten(state)] == [v.shape for v in export.flatten(MambaState.zeros(m.config, 2))]
+    state.save(tmp_path / "state", m)
+    found = MambaState.load(tmp_path / "state", m)
+    for i, j in zip(export.flatten(found), export.flatten(state), strict=True):
+        assert torch.equal(i, j)
+    assert state_info(tmp_path / "state").ssm == (2, m.config.d_inner, m.config.state_width)
+    forked = m(tokens(4, 3), state.fork(2)).state.select([1, 2])
+    assert forked.batch_size == 2
+    m.save_pretrained(tmp_path / "model")
+    again = MambaLM.from_pretrained(tmp_path / "model")
+    assert again.config == m.config
+    assert torch.equal(again(ids).logits, m(ids).logits)
+    assert again.fingerprint() == m.fingerprint() != make("none" if name != "none" else "B").fingerprint()
+    for kind in ("hf", "state-spaces", "gguf"):
+        with pytest.raises(AnymambaError, match=f"the format {kind} is for the published Mamba.*save it as native"):
+            m.save_pretrained(tmp_path / kind, kind)
+
+
+@cases
+def test_no_kernel_computes_another_model(name):
+    """What decodes and trains whole blocks knows the published one; the engine goes by the model's forward instead."""
+    m, ids = make(name, torch.float32), tokens(2, 6)
+    assert block_weights(m.backbone.layers[0]) is None
+    assert _kernels_for(m) is None
+    if m.config.mixer == "mamba":
+        assert not takes(m.backbone.layers[0].mixer, torch.zeros(2, 6, 32))
+    state = m(ids[:, :-1]).state
+    logits, after = Decoder(m).step(ids[:, -1], state)
+    torch.testing.assert_close(logits[:, :23], m(ids).logits[:, -1, :23], rtol=1e-4, atol=1e-4)
+    assert int(after.seen[0]) == 6
+    greedy = SamplingConfig(temperature=0)
+    assert len(generate(m, ids[:1], max_new_tokens=5, sampling=greedy)[0]) >= 5
+
+
+@cases
+def test_16_bits(name):
+    """The SSM's own parameters and the states stay in float32."""
+    m = make(name, torch.float32)
+    low, ids = copy.deepcopy(m).bfloat16(), tokens(2, 40)
+    own = [v for n, v in low.named_parameters() if n.rpartition(".")[2] in ("A_log", "A_imag", "B", "C", "D", "log_dt",
+                                                                            "dt_bias")]  # fmt: skip
+    assert all(v.dtype == torch.float32 for v in own)
+    out, want = low(ids), m(ids)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.state.layers[0].ssm.dtype == torch.float32
+    assert float((out.logits - want.logits).norm() / want.logits.norm()) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        out = m(ids, labels=ids)
+    out.loss.backward()
+    assert out.state.layers[0].ssm.dtype == torch.float32
+
+
+@cases
+def test_numbers_of_parameters(name):
+    """Counted by hand: a part that is switched off leaves no parameter behind."""
+    c = MambaConfig(**SIZES | CASES[name])
+    m, d, n, r, w = c.d_model, c.d_inner, c.d_state, c.rank, c.d_conv
+    bias = c.bias * m
+    if c.mixer in ("rnn", "lstm", "gru"):
+        gates = {"rnn": 1, "lstm": 4, "gru": 3}[c.mixer]
+        want = gates * d * (m + d + 2) + d * m + bias
+    else:
+        want = (1 + c.gate) * d * (m + c.bias) + c.use_conv * d * (w + 1) + d + d * m + bias  # + D
+        if c.mixer == "s4d":
+            want += 2 * d * n // 2 + d * n + d
+        else:
+            on = c.selects
+            want += d * n + d + ("dt" in on) * (d * r + r * d) + sum(d * n for _ in ("B", "C"))
+    got = sum(p.numel() for p in Block(c).mixer.parameters())
+    assert got == want
+    model = MambaLM(c)
+    assert model.num_params(embedding=False) == c.n_layer * (want + m) + m
+
+
+def test_s4d_is_the_convolution_of_its_kernel():
+    """The mixer against the formulas, without its chunks."""
+    mixer = make("s4d-bare").backbone.layers[0].mixer
+    u = torch.randn(1, 150, 16, dtype=torch.float64)
+    x = torch.nn.functional.silu(mixer.in_proj(u))
+    A = hippo.s4d_legs(8).expand(32, 8)
+    A_bar, B_bar = discretize(A, torch.ones_like(A), mixer.log_dt.exp()[:, None], "bilinear")[:2]
+    K = lti.kernel_by_powers(A_bar, B_bar, torch.view_as_complex(mixer.C.detach()), 150)
+    y = torch.stack([(K[:, : i + 1].flip(-1).T * x[0, : i + 1]).sum(0) for i in range(150)])
+    want = mixer.out_proj(y + mixer.D * x[0])
+    torch.testing.assert_close(mixer(u)[0][0], want, rtol=1e-5, atol=1e-6)  # A passes through a float32 parameter
+
+
+def test_constants_are_those_of_the_selective_model():
+    """A selective model whose x_proj says nothing but a constant is the one with constants."""
+    usual = MambaLM(MambaConfig(**SIZES)).double()
+    constant = MambaLM(MambaConfig(**SIZES, selective="")).double()
+    shared = {k: v for k, v in usual.state_dict().items() if k in constant.state_dict()}
+    constant.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        for one, other in zip(usual.backbone.layers, constant.backbone.layers, strict=True):
+            one.mixer.x_proj = _Constant(one.mixer.config)
+            other.mixer.B.copy_(one.mixer.x_proj.row[1:17].expand(32, -1))
+            other.mixer.C.copy_(one.mixer.x_proj.row[17:].expand(32, -1))
+            step = one.mixer.dt_proj.weight[:, 0] * one.mixer.x_proj.row[0]
+            other.mixer.dt_bias.copy_(one.mixer.dt_proj.bias + step)
+    ids = tokens(2, 30)
+    assert_same(constant(ids).logits, usual(ids).logits)
+
+
+class _Constant(torch.nn.Linear):
+    """Row [dt; B; C] whatever the input."""
+
+    def __init__(self, config):
+        super().__init__(1, 1)
+        self.row = torch.randn(config.rank + 2 * config.d_state, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.row.expand(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_mixers_alone_refuse_states_that_do_not_fit(name):
+    mixer = make(name).backbone.layers[0].mixer
+    u = torch.randn(2, 3, 16, dtype=torch.float64)
+    _, state = mixer(u)
+    with pytest.raises(AnymambaError, match="one row a sequence"):
+        mixer(u[:1], state)
+    with pytest.raises(AnymambaError, match="must start at 0, never fall, and end at seqlen = 3"):
+        mixer(u[:1], cu_seqlens=torch.tensor([0, 2]))
+    with pytest.raises(AnymambaError, match="return_states=0"):
+        mixer(u, return_states=0)
+
+
+def test_weight_decay_spares_constants():
+    for name in ("none", "s4d"):
+        model = make(name)
+        decayed, free = (group["params"] for group in model.param_groups(0.1))
+        names = {id(p): n.rpartition("mixer.")[2] for n, p in model.named_parameters()}
+        assert {"A_log", "C"} <= {names[id(p)] for p in free}
+        assert {"in_proj.weight", "out_proj.weight"} <= {names[id(p)] for p in decayed}
+
+
+def test_quantised_and_adapted():
+    m, ids = make("s4d", torch.float32), tokens(2, 6)
+    want = m(ids).logits
+    small = quantize(copy.deepcopy(m), "int8")
+    assert float((small(ids).logits - want).norm() / want.norm()) < 0.05
+    pytest.importorskip("peft")
+    adapter = lora.attach(m, targets=("in_proj", "out_proj"))
+    torch.testing.assert_close(adapter.model(ids).logits, want)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"mixer": "mamba3"}, "one of mamba, s4d, rnn, lstm, gru"),
+    ({"selective": "A"}, 'some of B, C and dt with commas between'),
+    ({"selective": "B,B"}, 'some of B, C and dt'),
+    ({"selective": ("B",)}, 'some of B, C and dt'),
+    ({"mixer": "lstm", "gate": False}, "gate=False with mixer='lstm', which has nothing that it changes"),
+    ({"mixer": "s4d", "selective": "B"}, "selective='B' with mixer='s4d'.*take mixer='mamba'"),
+    ({"s4d_init": "inv"}, "s4d_init='inv' with mixer='mamba'"),
+    ({"discretization": "zoh"}, "discretization='zoh' with mixer='mamba'"),
+    ({"mixer": "s4d", "s4d_init": "fout"}, "one of lin, inv, real, legs"),
+    ({"mixer": "s4d", "d_state": 3}, "d_state=3, but it must be even for mixer='s4d'"),
+    ({"gate": 1}, "gate=1, but it must be True or False"),
+])  # fmt: skip
+def test_configs_that_cannot_be(change, says):
+    with pytest.raises(AnymambaError, match=says):
+        MambaConfig(**change)
+
+
+def test_selective_has_one_spelling():
+    assert MambaConfig(selective="dt,C").selective == MambaConfig(selective="C,dt").selective == "C,dt"
+    assert MambaConfig(selective="dt,B,C") == MambaConfig()
+    assert MambaLM(MambaConfig(**SIZES, selective="dt,B,C")).config.published
