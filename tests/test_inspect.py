@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anymamba import AnymambaError, MambaConfig, MambaLM, SamplingConfig, inspect, model as model_module
+from anymamba import AnymambaError, MambaConfig, MambaLM, SamplingConfig, inspect
+from anymamba import model as model_module
 from anymamba.generate import generate
 from anymamba.inspect import parts
 from anymamba.inspect.capture import SCAN

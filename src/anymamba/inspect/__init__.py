@@ -14,5 +14,5 @@ from anymamba.inspect.saliency import ablation_saliency, gradient_saliency
 from anymamba.inspect.surgery import edit_state, mix_states, patch
 
 __all__ = ["LayerTrace", "Recall", "Recording", "Trace", "ablation_saliency", "attention_blocks", "capture", "carried",
-           "edit_state", "forget_factor", "gradient_saliency", "hidden_attention", "horizon", "horizon_of", "mix_states",
-           "patch", "recall", "recording", "write", "write_strength"]  # fmt: skip
+           "edit_state", "forget_factor", "gradient_saliency", "hidden_attention", "horizon", "horizon_of",
+           "mix_states", "patch", "recall", "recording", "write", "write_strength"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hidden attention: the matrix over time that a selective scan is (Ali, Zimerman & Wolf, arXiv 2403.01590, section 3.1).
+"""Hidden attention: the matrix over time that a selective scan is (Ali, Zimerman & Wolf, arXiv 2403.01590, sec. 3.1).
 
     y_i = Σ_{j≤i} M_ij x_j,   M_ij = C_i · exp(A (S_i − S_j)) B_j Δ_j,   S = Δ_1 + … + Δ_i
 
@@ -85,8 +85,7 @@ def attention_blocks(trace: LayerTrace, size: int, channels: Sequence[int] | Non
     """
     if size < 1:
         raise AnymambaError(f"attention_blocks: size={size}, but it must be at least 1")
-    d, n = trace.A.shape
-    chosen = _choose_channels(channels, d)
+    chosen = _choose_channels(channels, trace.A.shape[0])
     dt, B, C = _one_row(trace, row, "dt", "B", "C")
     t, c, A = len(dt), -(-len(dt) // size), trace.A.to(dt.dtype)[chosen]
     p = -(-t // c)

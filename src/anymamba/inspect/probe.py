@@ -41,9 +41,7 @@ def recall(model: nn.Module, ids, lags: Sequence[int], *, layers: int | Iterable
     b, t = ids.shape if ids.dim() == 2 else (0, 0)
     lags, chosen, fitted = tuple(lags), tuple(choose_layers(model, layers)), int(b * share)
     if not 1 <= fitted < b or ridge <= 0:
-        raise AnymambaError(
-            f"recall: ids {tuple(ids.shape)}, {share=}, {ridge=}: need (b,t) with rows to fit and to test"
-        )
+        raise AnymambaError(f"recall: ids {tuple(ids.shape)}, {share=}, {ridge=}: need rows (b,t) to fit and to test")
     if not lags or not all(0 <= k < t for k in lags):
         raise AnymambaError(f"recall: lags {lags}, but texts of {t} tokens have lags 0 … {t - 1}")
     states = {i: [] for i in chosen}

@@ -38,8 +38,9 @@ def ablation_saliency(model: nn.Module, ids, target: int | None = None, *, token
     The text is read once; each variant goes on from the state before its gap. k variants take k·t/2 tokens of reading.
 
     Args:
-        target: as `gradient_saliency`; if None the likeliest after the whole text. tokens: indices of those left out, one
-            after the other; all k = t if None. batch_size: variants read at a time, each with a state of its own.
+        target: as `gradient_saliency`; if None the likeliest after the whole text.
+        tokens: indices of those left out, one after the other; all k = t if None.
+        batch_size: variants read at a time, each with a state of its own.
 
     Raises AnymambaError as `gradient_saliency`, and for a text of fewer than two tokens or indices outside of it.
     """
