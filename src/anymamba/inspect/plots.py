@@ -45,7 +45,7 @@ def _attention(figure, summaries):
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure.set_size_inches(2.6 * columns, 2.7 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()
     for axes, i in zip(grid, shown, strict=False):
