@@ -12,8 +12,8 @@ from conftest import REPO, run_python
 PACKAGE = REPO / "src" / "anymamba"
 # each room may import those below it, and itself
 ROOMS = ["cli", "serve", "eval", "train", "lora", "export", "tasks", "inspect", "hf", "compat", "generate", "data",
-         "sequence", "checkpoint", "model", "layers", "state", "ops", "discretized", "backends", "registration", "padding",
-         "ids", "kernels", "reference", "config", "files", "errors"]  # fmt: skip
+         "sequence", "checkpoint", "model", "layers", "state", "ops", "discretized", "backends", "registration",
+         "padding", "ids", "kernels", "reference", "config", "files", "errors"]  # fmt: skip
 # a model saves and loads itself: the two methods reach up, when they are called
 REACH_UP = {("model", "checkpoint")}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

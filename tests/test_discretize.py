@@ -390,7 +390,9 @@ def test_the_choice_on_a_gpu_names_the_reason(monkeypatch):
 
 def small(rule):
     torch.manual_seed(0)
-    return MambaLM(MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, dt_min=0.3, dt_max=1))
+    return MambaLM(
+        MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, dt_min=0.3, dt_max=1)
+    )
 
 
 @rules
