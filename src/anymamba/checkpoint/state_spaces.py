@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint.assemble import EMBEDDING, HEAD
-from anymamba.checkpoint.folder import BIN, check_usual, peek, read_settings, read_tensors, remove_others, write_settings
+from anymamba.checkpoint.folder import (
+    BIN,
+    check_usual,
+    peek,
+    read_settings,
+    read_tensors,
+    remove_others,
+    write_settings,
+)
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
