@@ -283,7 +283,7 @@ def test_tiny_steps_add_up(backend):
     """600 steps of |z| = 1e-6: what the state keeps, and takes in, to some units in the last place."""
     t = 600 if backend == "numba" else 60
     ones = torch.ones(1, t, 1)
-    y, h = ops.selective_scan(ones, ones * 1e-6, -torch.ones(1, 1), ones, ones, initial_state=torch.ones(1, 1, 1),
+    _, h = ops.selective_scan(ones, ones * 1e-6, -torch.ones(1, 1), ones, ones, initial_state=torch.ones(1, 1, 1),
                               backend=backend, discretization="zoh")  # fmt: skip
     assert float(h) == pytest.approx(1.0, abs=1e-5)  # it is at its rest: A h + B x = 0
     _, h = ops.selective_scan(ones, ones * 1e-6, -torch.ones(1, 1), ones, ones, backend=backend, discretization="zoh")
@@ -324,23 +324,21 @@ def test_split_is_whole_and_packed_is_one_by_one(backend, rule, cut):
     torch.testing.assert_close(ops.selective_step_(state, **token, **options), y[:, 0])
 
 
-@rules
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 2, 2, 5])])
-@pytest.mark.parametrize("groups", [0, 2])
-def test_opcheck(rule, groups, cu_seqlens, monkeypatch):
+@pytest.mark.parametrize(("groups", "cu_seqlens"), [(0, None), (2, torch.tensor([0, 2, 2, 5]))])
+def test_opcheck(groups, cu_seqlens, monkeypatch):
     # opcheck compares two runs, also in the slots of `saved` that no chunk writes or reads
     monkeypatch.setattr(numba_scan, "torch", types.SimpleNamespace(**vars(torch) | {"empty": torch.zeros}))
     v = scan_arguments(1, 5, 6, 3, groups=groups, rows=1 if cu_seqlens is None else 3)
     inputs = [v["x"], v["dt"].abs(), v["A"], v["B"], v["C"]]
     op = torch.ops.anymamba.discretized_scan.default
-    torch.library.opcheck(op, (*inputs, v["initial_state"], cu_seqlens, rule, False, "numba"))
+    torch.library.opcheck(op, (*inputs, v["initial_state"], cu_seqlens, "zoh", False, "numba"))
     leaves = [u.requires_grad_() for u in (*inputs, v["initial_state"])]
-    torch.library.opcheck(op, (*leaves, cu_seqlens, rule, True, "numba"))
+    torch.library.opcheck(op, (*leaves, cu_seqlens, "zoh", True, "numba"))
     inputs = [u.detach() for u in inputs]
-    y, final_state, saved = op(*inputs, None, cu_seqlens, rule, True, "numba")
+    y, final_state, saved = op(*inputs, None, cu_seqlens, "zoh", True, "numba")
     for d_state in (None, torch.ones_like(final_state)):
         torch.library.opcheck(torch.ops.anymamba.discretized_scan_backward.default,
-                              (torch.ones_like(y), d_state, *inputs, cu_seqlens, rule, saved, "numba"))  # fmt: skip
+                              (torch.ones_like(y), d_state, *inputs, cu_seqlens, "zoh", saved, "numba"))  # fmt: skip
 
 
 def test_the_shape_of_what_triton_saves():
@@ -390,9 +388,8 @@ def test_the_choice_on_a_gpu_names_the_reason(monkeypatch):
 
 def small(rule):
     torch.manual_seed(0)
-    return MambaLM(
-        MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, dt_min=0.3, dt_max=1)
-    )
+    large_steps = {"dt_min": 0.3, "dt_max": 1}  # at which the rules differ
+    return MambaLM(MambaConfig(d_model=32, n_layer=2, d_state=5, vocab_size=31, discretization=rule, **large_steps))
 
 
 @rules
@@ -429,7 +426,7 @@ def test_a_model_reads_in_parts_steps_and_trains(rule):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_model_is_exported_and_compiled():
+def test_a_model_is_exported():
     model, ids = small("zoh").eval(), torch.arange(3)[None]
     state = export.flatten(MambaState.zeros(model.config, 1))
     with torch.no_grad():
@@ -437,11 +434,6 @@ def test_a_model_is_exported_and_compiled():
         for plain in (False, True):
             got = export.chunk(model, 3, plain=plain).module()(ids, *state)[0]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    leaves = map_tensors(lambda v: v.requires_grad_(), scan_arguments(1, 5, 4, 3))
-    compiled = torch.compile(ops.selective_scan, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(**leaves, discretization="zoh"), ops.selective_scan(**leaves, discretization="zoh"),
-                         strict=True):  # fmt: skip
-        torch.testing.assert_close(got, want)
 
 
 def test_files_keep_the_rule_or_refuse_it(tmp_path):
@@ -476,16 +468,18 @@ def compile_kernels():
     floats = ("x", "dt", "y", "dy", "dx", "ddt", "A", "B", "C", "first", "last", "saved", "scratch", "dA", "dB", "dC",
               "B_fixed", "C_fixed", "dB_fixed", "dC_fixed", "dfirst")  # fmt: skip
     varying, constant = ("B_fixed", "C_fixed", "dB_fixed", "dC_fixed", "bounds"), ("dB", "dC", "first", "saved")
-    for rule, absent in enumerate((varying, constant, varying)):
-        for kernel in (kernels.discretized_forward, kernels.discretized_backward):
-            given = {"n": 5, "N": 8, "LANES": 32, "KEEP": 16, "RULE": rule} | dict.fromkeys(absent)
-            if kernel is kernels.discretized_backward and given.pop("saved", ()) is None:
-                given["last"] = None  # the gradient of the last state, which there may not be
-            given = {k: v for k, v in given.items() if k in kernel.arg_names}
-            kinds = dict.fromkeys(floats, "*fp32") | {"bounds": "*i64"}
-            signature = {k: "constexpr" if k in given else kinds.get(k, "i32") for k in kernel.arg_names}
-            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in given.items()})
-            triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    forward, backward = kernels.discretized_forward, kernels.discretized_backward
+    cases = [(forward, 0, varying), (forward, 1, constant), (backward, 0, varying), (backward, 1, constant),
+             (backward, 2, varying)]  # fmt: skip
+    for kernel, rule, absent in cases:
+        given = {"n": 5, "N": 8, "LANES": 32, "KEEP": 16, "RULE": rule} | dict.fromkeys(absent)
+        if kernel is backward and given.pop("saved", ()) is None:
+            given["last"] = None  # the gradient of the last state, which there may not be
+        given = {k: v for k, v in given.items() if k in kernel.arg_names}
+        kinds = dict.fromkeys(floats, "*fp32") | {"bounds": "*i64"}
+        signature = {k: "constexpr" if k in given else kinds.get(k, "i32") for k in kernel.arg_names}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in given.items()})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
 
 def test_triton_kernels_compile(tmp_path):

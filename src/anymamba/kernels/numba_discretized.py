@@ -188,8 +188,9 @@ def discretized_forward(dtype):
                             slot = bounds[q] // chunk + q + (t0 - bounds[q]) // chunk
                             for i in range(row):
                                 saved[(slot * blocks + k) * row + i] = h[i]
-                        _advance(rule, min(chunk, bounds[q + 1] - t0), n, x, dt, y, t0 * d + c, d, m, A_lanes, h, 0,
-                                 B, C, (t0 * groups + group) * n, groups * n, B_lanes, C_lanes, const_B, const_C)  # fmt: skip
+                        _advance(rule, min(chunk, bounds[q + 1] - t0), n, x, dt, y, t0 * d + c, d, m, A_lanes, h, 0, B,
+                                 C, (t0 * groups + group) * n, groups * n, B_lanes, C_lanes, const_B,
+                                 const_C)  # fmt: skip
                     scatter(h, 0, q * d + c, m, n, h_last)
             item = next_item(p)
 
@@ -245,7 +246,8 @@ def discretized_backward(dtype):
                         _advance(rule, steps, n, x, dt, dx, at, d, m, A_lanes, hs, row, B, C, bc, groups * n, B_lanes,
                                  C_lanes, const_B, const_C)  # fmt: skip
                         _retreat(rule, steps, n, x, dt, dy, dx, ddt, at, d, m, A_lanes, hs, g, B, C, dB_part, dC_part,
-                                 bc, groups * n, B_lanes, C_lanes, dB_lanes, dC_lanes, const_B, const_C, dA_lanes)  # fmt: skip
+                                 bc, groups * n, B_lanes, C_lanes, dB_lanes, dC_lanes, const_B, const_C,
+                                 dA_lanes)  # fmt: skip
                         drain(dA_lanes, row, dA_total, 0)
                         drain(dB_lanes, row, dB_total, 0)
                         drain(dC_lanes, row, dC_total, 0)

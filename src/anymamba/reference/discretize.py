@@ -94,9 +94,9 @@ def euler(A, B, dt, *, dense=False):
 def trapezoidal(A, B, dt, *, dense=False):
     """The exponential-trapezoidal rule (the one of Mamba-3, there with a learned share λ, here λ = 1/2).
 
-    The exact solution over a step is e^z h_{k-1} + ∫ e^{A (t_k - s)} B u(s) ds. The integral is taken by the trapezoidal
-    rule from its two ends, u_{k-1} and u_k as samples at them: (1 - λ) Δ e^z B u_{k-1} + λ Δ B u_k. λ = 1 is the rule
-    "mamba". Stable for Re z ≤ 0. Before the first input there is 0.
+    The exact solution over a step is e^z h_{k-1} + ∫ e^{A (t_k - s)} B u(s) ds. The integral is taken from its two
+    ends, u_{k-1} and u_k as samples at them: (1 - λ) Δ e^z B u_{k-1} + λ Δ B u_k. λ = 1 is the rule "mamba". Stable for
+    Re z ≤ 0. Before the first input there is 0.
     """
     A_bar, whole, _ = mamba(A, B, dt, dense=dense)
     return Discrete(A_bar, whole / 2, (A_bar @ whole if dense else A_bar * whole) / 2)
