@@ -157,18 +157,3 @@ def test_diagonals():
     # the law that S4D-Inv stands for: its largest eigenvalues are about N²/π apart from those that follow
     assert float(legs.imag.max()) == pytest.approx(64 * 64 / math.pi, rel=0.02)
     assert float(hippo.s4d_inv(32).imag.max()) == pytest.approx(float(legs.imag.max()), rel=0.03)
-
-
-def test_diagonal_legs_has_legs_basis():
-    """S4D's finding (section 4.1): without the low-rank term and with half of B, the kernels of the state come near
-    those of LegS as the state grows."""
-
-    def distance(n):
-        A, B = hippo.legs(n)
-        L, _, B_there, V = hippo.normal_plus_low_rank(n)
-        times = torch.linspace(0.1, 2, 40, dtype=torch.float64)
-        full = torch.stack([torch.linalg.matrix_exp(A * s) @ B for s in times])
-        diagonal = torch.stack([(V @ (torch.exp(L * s) * B_there / 2)).real for s in times])
-        return float((full - diagonal)[:, :3].abs().mean())
-
-    assert distance(128) < distance(32) / 2

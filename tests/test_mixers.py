@@ -154,7 +154,7 @@ def test_no_kernel_computes_another_model(name):
     torch.testing.assert_close(logits[:, :23], m(ids).logits[:, -1, :23], rtol=1e-4, atol=1e-4)
     assert int(after.seen[0]) == 6
     greedy = SamplingConfig(temperature=0)
-    assert len(generate(m, ids[:1], max_new_tokens=5, sampling=greedy)[0]) >= 5
+    assert len(generate(m, ids[:1], max_new_tokens=5, sampling=greedy)[0].ids) == 5
 
 
 @cases

@@ -82,7 +82,7 @@ def state_after(x, A_bar, B_bar, initial_state=None):
     return h if initial_state is None else h + A_bar**t * initial_state
 
 
-def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=128):
+def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=64):
     """What `recurrence` gives, as products of matrices: a convolution within each chunk, and the state between chunks.
 
     O(t · chunk_size), and on real machines faster than the transforms: it reads x once and writes y once.
@@ -102,16 +102,16 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=128):
     lag = later - later[:, None]  # of output i behind input j: (j,i)
     within = K[:, lag.clamp(min=0)] * (lag >= 0)
 
-    xs = x.view(b, -1, c, d).permute(3, 0, 1, 2).reshape(d, -1, c)
+    xs = x.reshape(b, -1, c, d).permute(3, 0, 1, 2).contiguous().view(d, -1, c)
     added = torch.view_as_complex((xs @ _pairs(into)).view(d, b, t // c, -1, 2))
-    before = []  # the state before each chunk
-    for q in range(t // c):
+    before, h = [], h.transpose(0, 1)  # the state (d,b,n) before each chunk
+    for added_q in added.unbind(2):
         before.append(h)
-        h = power[..., c] * h + added[:, :, q].transpose(0, 1)
-    states = _pairs(torch.stack(before, 2)).transpose(0, 1).reshape(d, -1, 2 * A_bar.shape[1])
+        h = torch.addcmul(added_q, power[:, None, :, c], h)
+    states = _pairs(torch.stack(before, 2)).flatten(1, 2)
     out = _pairs((2 * C[..., None] * power[..., 1:]).conj().mT).mT  # 2 Re(C A^i h) as a real product: (d,2n,c)
-    y = torch.baddbmm(xs @ within, states, out)
-    return y.view(d, b, t).permute(1, 2, 0), h
+    y = (xs @ within).baddbmm_(states, out)
+    return y.view(d, b, t).permute(1, 2, 0), h.transpose(0, 1)
 
 
 def powers(A_bar, count):

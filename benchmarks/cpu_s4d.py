@@ -1,0 +1,74 @@
+"""S4D on the CPU: b=1 t=16384 d=256, 64 numbers of state a channel (32 pairs), float32, forward. Convolution against
+the recurrence, a loop of torch over time.
+
+    python benchmarks/cpu_s4d.py [--save]
+
+Each includes discretisation and the state after the last token. "chunks" is what `S4DMixer` runs, "Fourier" the
+convolution by fast Fourier transforms, "kernel" what the latter needs first. Also how many parameters a block of each
+mixer has. The gate: all agree, else nothing is timed.
+"""
+
+import torch
+
+from anymamba import MambaConfig
+from anymamba.layers import Block
+from anymamba.reference import hippo, lti
+from common import Report, arguments, measure, median, quiet, spread
+
+b, t, d, n = 1, 16384, 256, 64
+
+
+def inputs():
+    torch.manual_seed(0)
+    A = hippo.s4d_lin(n // 2).to(torch.complex64).expand(d, -1)
+    dt = torch.exp(torch.empty(d).uniform_(-6.9, -2.3))
+    C = torch.randn(d, n // 2, dtype=torch.complex64)
+    return torch.randn(b, t, d), A, dt, C
+
+
+def forms(x, A, dt, C):
+    def run(form):
+        @torch.no_grad()
+        def f():
+            A_bar, B_bar = lti.discretize(A, torch.ones_like(A), dt, "zoh")
+            return form(A_bar, B_bar)
+
+        return f
+
+    return {
+        "chunks": run(lambda A_bar, B_bar: lti.chunked(x, A_bar, B_bar, C)),
+        "Fourier": run(lambda A_bar, B_bar: lti.convolution(x, A_bar, B_bar, C)),
+        "kernel": run(lambda A_bar, B_bar: lti.kernel(A_bar, B_bar, C, t)),
+        "recurrence": run(lambda A_bar, B_bar: lti.recurrence(x, A_bar, B_bar, C)),
+    }
+
+
+def parameters(report):
+    for mixer in ("mamba", "s4d", "rnn", "gru", "lstm"):
+        count = sum(p.numel() for p in Block(MambaConfig(d_model=d, mixer=mixer)).parameters())
+        report.add(f"parameters of a block, {mixer}", f"{count:9,}   d_model={d}, all else default", parameters=count)
+
+
+def main():
+    quiet()
+    if arguments():
+        raise SystemExit(f"cpu_s4d takes --save alone, not {' '.join(arguments())}")
+    report = Report("cpu_s4d")
+    report.roofline()
+    timed = forms(*inputs())
+    want, want_state = timed["recurrence"]()
+    for name in ("chunks", "Fourier"):
+        for got, exact in zip(timed[name](), (want, want_state), strict=True):
+            error = ((got - exact).norm() / exact.norm()).item()
+            assert error < 1e-4, f"{name} disagrees: {error}"
+    times = measure(timed, rounds=5)
+    for name, values in times.items():
+        report.add(f"forward, {name}, ms", spread(values), median=median(values))
+    report.compare("chunks vs recurrence", times, "chunks", "recurrence", "≥ 20")
+    report.compare("Fourier vs recurrence", times, "Fourier", "recurrence", "≥ 20")
+    parameters(report)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
