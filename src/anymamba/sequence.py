@@ -84,7 +84,8 @@ class SequenceModel(nn.Module):
         x = self.patches(x, lengths)
         steps = None if lengths is None else self.patches.count(lengths)
         whole = steps
-        if steps is None and self.settings["bidirectional"]:  # not in pieces, as MambaLM reads long rows
+        if steps is None and self.settings["bidirectional"] and not torch.is_grad_enabled():
+            # lengths keep MambaLM from reading long rows in pieces
             whole = torch.full((b,), x.shape[1], device=x.device)
         out = self.mamba(embeddings=x, state=state, lengths=whole, delta=delta)
         after = None if self.settings["bidirectional"] else out.state

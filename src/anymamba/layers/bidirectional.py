@@ -50,16 +50,16 @@ class Bidirectional(nn.Module):
         if cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         packed, cu_seqlens, index = pack(u, lengths, "right")
-        delta = None if delta is None else delta.reshape(1, -1)[:, index]
+        delta = None if delta is None else delta.reshape(1, -1).index_select(1, index)
         return unpack(self._both(packed, cu_seqlens, delta), index, *u.shape[:2]), None
 
     def _both(self, u, cu_seqlens, delta):
         mirror, shifted = _mirrors(u, cu_seqlens)
-        gaps, back = ({}, {}) if delta is None else ({"delta": delta}, {"delta": delta[:, shifted]})
+        gaps, back = ({}, {}) if delta is None else ({"delta": delta}, {"delta": delta.index_select(1, shifted)})
         ahead, _ = self.causal(u, None, cu_seqlens, None, **gaps)
         anticausal = self.causal if self.anticausal is None else self.anticausal
-        behind, _ = anticausal(u[:, mirror], None, cu_seqlens, None, **back)
-        behind = behind[:, mirror]
+        behind, _ = anticausal(u.index_select(1, mirror), None, cu_seqlens, None, **back)
+        behind = behind.index_select(1, mirror)
         return ahead + behind if self.merge == "sum" else torch.cat([ahead, behind], -1)
 
     def extra_repr(self) -> str:
