@@ -43,7 +43,10 @@ def check_law(rule, arguments, slack=4, **extra):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("b", "t", "d", "n"), [(2, 500, 130, 16), (1, 63, 37, 3), (3, 1, 64, 64), (1, 100, 40, 257)])
 def test_sizes(rule, dtype, b, t, d, n):
-    check_law(rule, scan_arguments(b, t, d, n, dtype=dtype))
+    arguments = scan_arguments(b, t, d, n, dtype=dtype)
+    if rule == "euler":  # which blows up where |1 + z| > 1, in every implementation
+        arguments["A"] = arguments["A"].clamp(min=-0.2)
+    check_law(rule, arguments)
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2, 20])

@@ -39,8 +39,8 @@ def _rule(z, RULE: tl.constexpr):
         a = tl.where(near, z * p + 1.0, e)
         return a, p, a, tl.where(near, p - phi, (e - p) * inverse)
     elif RULE == 1:
-        p = 1.0 / (1.0 - 0.5 * z)
-        return (1.0 + 0.5 * z) * p, p, p * p, 0.5 * p * p
+        p = tl.div_rn(1.0, 1.0 - 0.5 * z)  # rounded rightly: a fast division's bias adds up over a text
+        return z * p + 1.0, p, p * p, 0.5 * p * p
     else:
         one = tl.full(z.shape, 1.0, tl.float32)
         return z + 1.0, one, one, tl.zeros(z.shape, tl.float32)
