@@ -1,8 +1,8 @@
 """What makes Mamba selective, one part at a time: byte-level language models whose B, C and dt depend on the input or
 are learned constants, trained alike (arXiv 2312.00752, section 4.6, the table on selective parameters).
 
-    python benchmarks/ablation.py [VARIANT …] [--steps 1500] [--seeds 3] [--width 128] [--layers 4] [--batch 16] [--seqlen 256]
-        [--heldout 131072] [--lr 3e-3] [--save]
+    python benchmarks/ablation.py [VARIANT …] [--steps 1500] [--seeds 3] [--width 128] [--layers 4] [--batch 16]
+        [--seqlen 256] [--heldout 131072] [--lr 3e-3] [--save]
 
 Variants: none B C dt all, those of the table and the default; no-gate no-conv; s4d rnn gru lstm, of the same width, so
 look at their parameters. On a GPU if there is one. Equal steps, batches and learning rate for all; bits per byte on
