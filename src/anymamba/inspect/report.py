@@ -7,6 +7,7 @@ import base64
 import html
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,20 @@ def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SI
     for start in range(0, count, together):
         group = range(start, min(start + together, count))
         trace = capture(model, ids[None], layers=group, keep=("dt", "B", "C", "x"))
-        out += [_summarise_layer(trace.layers[i], channels, side) for i in group]
+        with _one_thread():
+            out += [_summarise_layer(trace.layers[i], channels, side) for i in group]
     return out
+
+
+@contextmanager
+def _one_thread():
+    """Many small operations: threads that wait for each other at each of them cost far more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summarise_layer(layer: LayerTrace, channels: int, side: int) -> LayerSummary:
