@@ -411,6 +411,15 @@ def test_paths(hf, tmp_path):
     refuses(hf, f"revision='main' goes with a name on the hub, and {hf} is a path: drop it", revision="main")
     (tmp_path / "codestral").mkdir()
     (tmp_path / "codestral" / "params.json").write_text("{}")
+    for name, words in {"ssm": "ssm_cfg is [1], but it must be an object", "kind": "not supported yet"}.items():
+        (tmp_path / name).mkdir()
+        settings = {"ssm": {"d_model": 8, "n_layer": 1, "ssm_cfg": [1]}, "kind": {"model_type": ["mamba"]}}[name]
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        refuses(tmp_path / name, words)
+    for device, words in {"foo": "device='foo' is none", "cuda": "torch sees no GPU here"}.items():
+        if device == "foo" or not torch.cuda.is_available():
+            with pytest.raises(AnymambaError, match=words):
+                MambaLM.from_pretrained(tmp_path, device=device)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     refuses(tmp_path / "adapter", "holds an adapter, not a model: anymamba.lora.load puts it on its model")

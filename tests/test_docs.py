@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anymamba import MambaConfig, MambaLM
-from anymamba.data import ByteTokenizer
+from anymamba.data import ByteTokenizer, load_tokenizer
 from conftest import REPO
 
 PAGE = REPO / "docs" / "inference.md"
@@ -64,6 +64,11 @@ def test_commands_of_a_job_run(job, command, folder):
         code, out, err = command(*arguments)
         assert (program, code) == ("anymamba", 0), (line, err)
         assert out or err, line
+    if job == "Convert":
+        assert load_tokenizer(folder / "mine").fingerprint == "bytes"
+        program, *arguments = shlex.split("anymamba convert for-transformers again.gguf --to gguf")
+        assert command(*arguments)[0] == 0
+        assert load_tokenizer(folder / "again.gguf").fingerprint == "bytes"
 
 
 def test_commands_run(command, tmp_path, monkeypatch):

@@ -382,7 +382,7 @@ def test_default_learning_rates():
 )
 def test_runs_that_cannot_be_meant(start, tmp_path, changes, words):
     if changes.get("tokenizer"):  # as many tokens as the model knows, but others
-        train_bpe([sums(100)], 262, tmp_path / "bpe.json")
+        train_bpe([sums(100)], 257, tmp_path / "bpe.json")
         changes = {"tokenizer": str(tmp_path / "bpe.json")}
     with pytest.raises(AnymambaError, match=words):
         train(config(start, tmp_path / "run", **{"steps": 1} | changes))

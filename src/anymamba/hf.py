@@ -104,6 +104,8 @@ def patch(model: nn.Module) -> nn.Module:
 
     Raises AnymambaError for a model without such mixers, or with an activation other than silu.
     """
+    if not isinstance(model, nn.Module):
+        raise AnymambaError(f"patch: this is a {type(model).__name__}, and it takes a model of transformers")
     found = [module for module in model.modules() if type(module) in MIXERS]
     if not found and not any(isinstance(module, _Mixer) for module in model.modules()):
         raise AnymambaError(_nothing_to_patch(model))

@@ -40,12 +40,23 @@ def load(name_or_path: str | os.PathLike, *, device: torch.device | str | None =
     """
     if quantize is not None and quantize not in BITS:
         raise AnymambaError(f"quantize={quantize!r} does not exist: choose one of {', '.join(BITS)}")
+    _check_device(device)
     path = locate(name_or_path, revision)
     form = format_of(path)
     model = assemble(form.read_config(path), form.tensors(path), path, device=device, dtype=dtype)
     if dtype is None and form is not native:  # others mix dtypes in a file, and mean that of the matrices
         model.to(model.backbone.layers[0].mixer.in_proj.weight.dtype)
     return model if quantize is None else quantized(model, quantize)
+
+
+def _check_device(device):
+    try:
+        kind = torch.device("cpu" if device is None else device).type
+    except (RuntimeError, TypeError) as error:
+        why = str(error).partition(":")[0]
+        raise AnymambaError(f"device={device!r} is none: {why}; give 'cpu' or 'cuda'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AnymambaError(f"device={str(device)!r}, but torch sees no GPU here: anymamba doctor says why")
 
 
 def load_config(name_or_path: str | os.PathLike, revision: str | None = None) -> MambaConfig:

@@ -77,6 +77,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             if touched > most:
                 (get, _), touched = _open(path), 0
             v = get(name)
+            if v.layout != torch.strided:
+                raise AnymambaError(f"{path}: {name} is {v.layout}, and only dense tensors are read")
             touched += v.nbytes
             yield name, v
             v = None

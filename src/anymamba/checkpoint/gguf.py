@@ -45,6 +45,11 @@ def matches(path: str | os.PathLike) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def has_tokenizer(path: str | os.PathLike) -> bool:
+    """Whether the file holds a tokenizer, of any kind."""
+    return GgufFile(Path(path)).fields.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
+
+
 # ---- reading ----
 
 
@@ -190,11 +195,11 @@ def save(model: MambaLM, path: str | os.PathLike, *, dtype: torch.dtype | str | 
     Raises AnymambaError for a model that llama.cpp cannot run: expand other than 2, biases in in_proj and out_proj, no
     vocabulary; for one that is quantised; and if the file cannot be written.
     """
+    state, kind = _writable(model), _kind(model, dtype)
     try:
         import gguf
     except ImportError:
         raise AnymambaError("writing GGUF needs the gguf package: pip install 'anymamba[gguf]'") from None
-    state, kind = _writable(model), _kind(model, dtype)
     fields = _fields(model.config) | gguf_vocabulary.fields(tokenizer, model.config.padded_vocab_size)
     kinds = {name: gguf.GGMLQuantizationType[_stored_as(kind, name, v)] for name, v in state.items()}
 

@@ -48,7 +48,7 @@ def fields(tokenizer: Any, rows: int) -> dict[str, Any]:
         return {LISTS + "model": "no_vocab"}
     text = tokenizer.to_json()
     described = json.loads(text)
-    if described == BYTE_TOKENIZER:
+    if described == BYTE_TOKENIZER or _only_bytes(described.get("model", {})):
         tokens, types = dict(enumerate([*BYTES, END_OF_TEXT])), {256: CONTROL}
         pre, merges, whole = "gpt-2", [NO_MERGE], {}
     else:
@@ -72,6 +72,11 @@ def fields(tokenizer: Any, rows: int) -> dict[str, Any]:
     return {LISTS + k: v for k, v in out.items()} | whole | template
 
 
+def _only_bytes(model: dict) -> bool:
+    """Whether a tokenizer.json's model is the bytes and nothing else, as `convert --to hf` writes them."""
+    return model.get("vocab") == {name: i for i, name in enumerate(BYTES)} and not model.get("merges")
+
+
 def _pre(described: dict, name: str) -> str:
     """llama.cpp's name for how a tokenizer.json cuts text before the merges."""
     model, decoder, pre = described["model"], described.get("decoder") or {}, described.get("pre_tokenizer")
@@ -84,7 +89,7 @@ def _pre(described: dict, name: str) -> str:
     what = f"{model.get('type')} with {', '.join(odd) or f'the pre-tokenizer {json.dumps(pre)}'}"
     raise AnymambaError(
         f"the tokenizer {name!r} cannot go into a GGUF file: it is {what}, and only byte-level BPE that cuts text as "
-        f"{' or '.join(PRE_TOKENIZERS)} does is written; save with tokenizer=None, and give llama.cpp token ids"
+        f"{' or '.join(PRE_TOKENIZERS)} does is written; leave it out (convert --no-tokenizer), and give llama.cpp ids"
     )
 
 

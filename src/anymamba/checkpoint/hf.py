@@ -49,7 +49,7 @@ UNPADDED = "unpadded_vocab_size"  # ours alone: transformers knows the padded vo
 
 def matches(path: Path) -> bool:
     """Whether `config.json` has the model_type of one of the two."""
-    return peek(path).get("model_type") in KINDS
+    return peek(path).get("model_type") in list(KINDS)  # a list, as what is asked for may be anything
 
 
 def read_config(path: Path) -> MambaConfig:

@@ -46,7 +46,10 @@ def matches(path: Path) -> bool:
 def read_config(path: Path) -> MambaConfig:
     """Raises AnymambaError for layers that are not Mamba-1, and for keys that are unknown."""
     settings = read_settings(path)
-    ssm = dict(settings.pop("ssm_cfg", None) or {})
+    ssm = settings.pop("ssm_cfg", None) or {}
+    if not isinstance(ssm, dict):
+        raise AnymambaError(f"{path}: ssm_cfg is {ssm!r}, but it must be an object of settings")
+    ssm = dict(ssm)
     layer = ssm.pop("layer", "Mamba1")
     others = [] if layer == "Mamba1" else [f"layers of kind {layer}"]
     others += [name for key, (ours, name) in OTHERS.items() if settings.pop(key, ours) not in (ours, None)]

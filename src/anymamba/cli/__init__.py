@@ -11,7 +11,7 @@ COMMANDS = {
     "state": "read text of any length once into a state file, and see what is in one",
     "eval": "loss, perplexity and bits per byte of a model on a file, or zero-shot tasks",
     "inspect": "what a model does with a text, as a page: step sizes, attention, memory",
-    "convert": "write a model in another format: for transformers, for mamba-ssm, or ours",
+    "convert": "write a model in another format: for transformers, mamba-ssm, llama.cpp, or ours",
     "tokenizer": "train a BPE tokenizer on your text",
     "merge": "add an adapter to the weights of its model, and write them as a model",
     "export": "write a model as an ONNX graph, for other runtimes",

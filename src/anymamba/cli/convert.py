@@ -34,6 +34,7 @@ class Options:
     out: Annotated[Positional[str], arg(metavar="OUT")]  # folder to write, or a file that ends in .gguf
     to: Literal[tuple(checkpoint.FORMATS)]  # native; hf, for transformers; state-spaces, for mamba-ssm; gguf, llama.cpp
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None  # of the weights; q8_0 goes with gguf
+    tokenizer: bool = True  # take along what lies beside the model; into a GGUF file not every kind can go
     force: bool = False  # write into a folder that is not empty
 
 
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(f"{out} is the model itself: choose another folder to write")
     if out.is_dir() and any(out.iterdir()) and not options.force:
         raise AnymambaError(f"{out} is not empty: choose another folder, or --force to overwrite the model in it")
+    if out.suffix == ".gguf" and options.to != "gguf":
+        raise AnymambaError(f"{out} is the name of a GGUF file, and --to {options.to} writes a folder: choose another")
     if out.is_file() and not options.force:
         raise AnymambaError(f"{out} is a file: choose another name, or --force to overwrite it")
     if options.dtype == "q8_0" and options.to != "gguf":
@@ -56,14 +59,14 @@ def main(argv: list[str]) -> int:
     files = [out] if out.is_file() else [v for v in out.iterdir() if v.suffix in (".safetensors", ".bin", ".gguf")]
     print(f"{model.num_params():,} parameters, {sum(v.stat().st_size for v in files) / 1e6:,.1f} MB in {out}")
     print(f"time        read in {loaded - begin:.1f} s, written in {time.perf_counter() - loaded:.1f} s")
-    print(f"tokenizer   {', '.join(names) or 'none beside the model'}")
+    print(f"tokenizer   {', '.join(names) or 'none'}")
     return 0
 
 
 def _save_folder(model: MambaLM, source: Path, out: Path, options: Options) -> list[str]:
     """Writes model and tokenizer; the names of the tokenizer's files."""
     checkpoint.save(model, out, options.to)
-    names = _copy_tokenizer(source, out)
+    names = _copy_tokenizer(source, out) if options.tokenizer else []
     if options.to == "hf" and "tokenizer.json" in names:
         _tell_transformers(out)
     return names
@@ -71,14 +74,18 @@ def _save_folder(model: MambaLM, source: Path, out: Path, options: Options) -> l
 
 def _save_gguf(model: MambaLM, source: Path, out: Path, options: Options) -> list[str]:
     """Writes one file; what it has of the tokenizer."""
-    has = source.is_file() or (source / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(source) if has else None
+    tokenizer = None
+    if options.tokenizer and (source.is_file() or (source / "tokenizer.json").is_file()):
+        tokenizer = load_tokenizer(source)
     checkpoint.gguf.save(model, out, dtype="Q8_0" if options.dtype == "q8_0" else None, tokenizer=tokenizer)
-    return [f"{tokenizer.name}, in the file"] if has else []
+    return [f"{tokenizer.name}, in the file"] if tokenizer is not None else []
 
 
 def _copy_tokenizer(source: Path, out: Path) -> list[str]:
-    """The names of the tokenizer's files beside the model, which are now in `out`, too."""
+    """The names of the tokenizer's files beside the model, or in its GGUF file, which are now in `out`, too."""
+    if source.is_file() and checkpoint.gguf.has_tokenizer(source):
+        load_tokenizer(source).save(out)
+        return [name for name in TOKENIZER_FILES if (out / name).is_file()]
     names = [name for name in TOKENIZER_FILES if source.is_dir() and (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, out / name)

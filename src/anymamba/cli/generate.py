@@ -97,7 +97,6 @@ def main(argv: list[str]) -> int:
     if options.quantize:
         quantize(model, options.quantize)
     state, logits = (None, None) if options.state is None else load_one(options.state, model)
-    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     if options.interactive:
         _interactive(model, tokenizer, options, state)
     else:

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
     run, out = Path(options.run), Path(options.out)
     if not lora.matches(run):
         raise AnymambaError(f"{run} holds no adapter ({lora.CONFIG}): there is nothing to merge")
+    if out.exists() and out.samefile(run):
+        raise AnymambaError(f"{out} is the adapter itself: choose another folder to write")
     if (out / "config.json").exists() and not options.force:
         raise AnymambaError(f"{out} holds a model; choose another folder, or --force to overwrite it")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
