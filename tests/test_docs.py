@@ -54,6 +54,24 @@ def test_examples_run(page, i, folder):
     exec(compile(code, f"{page}.md", "exec"), {})
 
 
+def test_the_walk_from_ssm_to_mamba_runs_top_to_bottom():
+    text = (REPO / "docs" / "from-ssm-to-mamba.md").read_text()
+    blocks = examples("from-ssm-to-mamba")
+    assert len(blocks) == text.count("```python") == 6
+    exec(compile("\n".join(blocks), "from-ssm-to-mamba.md", "exec"), {})
+
+
+def test_the_pictures_of_the_walk(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    import plot_ssm
+
+    monkeypatch.setattr(plot_ssm, "DOCS", tmp_path)
+    assert plot_ssm.main() == 0
+    assert all((REPO / "docs" / path.name).exists() and path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("job", re.findall(r"^## (.*?)$(?=\n\n<!-- commands -->)", CHECKPOINTS.read_text(), re.M))
 def test_commands_of_a_job_run(job, command, folder):
     for package in {"Fine-tune": ["peft"], "Convert": ["gguf"], "Export": ["onnx", "onnxscript"]}.get(job, []):
@@ -82,7 +100,7 @@ def test_commands_run(command, tmp_path, monkeypatch):
     assert (tmp_path / "later.state").stat().st_size < 2_000_000
 
 
-@pytest.mark.parametrize("page", ["inference", "checkpoints"])
+@pytest.mark.parametrize("page", ["inference", "checkpoints", "from-ssm-to-mamba"])
 def test_every_file_linked_exists(page):
     text = (REPO / "docs" / f"{page}.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]

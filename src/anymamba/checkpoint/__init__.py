@@ -123,7 +123,8 @@ def format_of(path: Path) -> ModuleType:
                             "command anymamba merge writes the two as one")  # fmt: skip
     settings = folder.read_settings(path)
     if kind := settings.get("model_type"):
-        raise AnymambaError(f"{path}: not supported yet: {_OTHERS.get(str(kind), 'model_type')} ({kind!r}); anymamba runs "
-                            f"Mamba-1 language models: {', '.join(hf.KINDS)} of Hugging Face")  # fmt: skip
+        name = _OTHERS.get(str(kind), "model_type")
+        raise AnymambaError(f"{path}: not supported yet: {name} ({kind!r}); anymamba runs Mamba-1 language models: "
+                            f"{', '.join(hf.KINDS)} of Hugging Face")  # fmt: skip
     raise AnymambaError(f"{path / folder.CONFIG} is of no format that anymamba knows: it has no \"format\" (ours), no "
                         '"model_type" (Hugging Face), and not "d_model" and "n_layer" (state-spaces)')  # fmt: skip
