@@ -12,7 +12,7 @@ import torch
 
 from anymamba import MambaConfig
 from anymamba.layers import Block
-from anymamba.reference import hippo, lti
+from anymamba.reference import discretize, hippo, lti
 from common import Report, arguments, measure, median, quiet, spread
 
 b, t, d, n = 1, 16384, 256, 64
@@ -30,7 +30,7 @@ def forms(x, A, dt, C):
     def run(form):
         @torch.no_grad()
         def f():
-            A_bar, B_bar = lti.discretize(A, torch.ones_like(A), dt, "zoh")
+            A_bar, B_bar, _ = discretize(A, torch.ones_like(A), dt[:, None], "zoh")
             return form(A_bar, B_bar)
 
         return f
