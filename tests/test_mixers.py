@@ -1,6 +1,7 @@
 """Mixers other than the published Mamba: the same laws and interface, and nothing quietly computes another."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from anymamba.layers.inner import takes
 from anymamba.layers.step import block_weights
 from anymamba.reference import discretize, hippo, lti
 from anymamba.state import state_info
+from anymamba.train import TrainConfig, load_run, resume, train
 
 SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
 CASES = {
@@ -291,3 +293,21 @@ def test_selective_has_one_spelling():
     assert MambaConfig(selective="dt,C").selective == MambaConfig(selective="C,dt").selective == "C,dt"
     assert MambaConfig(selective="dt,B,C") == MambaConfig()
     assert MambaLM(MambaConfig(**SIZES, selective="dt,B,C")).config.published
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixer": "s4d"}, {"mixer": "lstm"}, {"selective": "B"}, {"discretization": "zoh"}]
+)
+def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_path):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    sizes = {"d_model": 16, "n_layer": 1, "batch_size": 2, "seqlen": 16, "eval_tokens": 64, "final_tokens": 64}
+    config = TrainConfig(data=(str(tmp_path / "text.txt"),), steps=4, save_every=2, sample_tokens=2, **sizes, **changes)
+    whole = train(config.replace(out=str(tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    [last] = [path for path in (tmp_path / "again").rglob("*") if path.is_dir() and path.name == "step-00000004"]
+    shutil.rmtree(last)
+    again = resume(tmp_path / "again")
+    first, second = (load_run(result.run)[0] for result in (whole, again))
+    assert {name: getattr(first.config, name) for name in changes} == changes
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same)

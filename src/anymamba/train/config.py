@@ -38,6 +38,9 @@ class TrainConfig:
     d_conv: int | None = None  # width of the convolution
     expand: int | None = None  # d_inner = expand * d_model
     dt_rank: int | None = None  # rank of the step projection
+    mixer: str | None = None  # what mixes along time: mamba, s4d, rnn, gru, lstm
+    selective: str | None = None  # which of B, C and dt depend on the input: "B,C,dt"; "" for none
+    discretization: str | None = None  # mamba, zoh, bilinear, euler
 
     # fine-tuning
     init: str | None = None  # folder of a run or model to go on from, in place of a new model
@@ -155,7 +158,7 @@ class TrainConfig:
         return cls(**(values | lists))
 
 
-_SIZES = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank")
+_SIZES = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank", "mixer", "selective", "discretization")
 _WHOLE = ("lora_rank", "batch_size", "seqlen", "accumulate", "steps", "eval_every", "sample_every", "save_every",
           "keep", "eval_tokens", "final_tokens", "sample_tokens")  # fmt: skip
 
