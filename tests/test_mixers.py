@@ -9,11 +9,11 @@ import torch
 from anymamba import AnymambaError, MambaConfig, MambaLM, MambaState, SamplingConfig, export, lora
 from anymamba.generate import generate
 from anymamba.generate.decode import Decoder, _kernels_for
-from anymamba.layers import Block, quantize
+from anymamba.layers import Block, quantize, sequence
 from anymamba.layers.inner import takes
 from anymamba.layers.step import block_weights
 from anymamba.reference import discretize, hippo, lti
-from anymamba.state import state_info
+from anymamba.state import LayerState, state_info
 from anymamba.train import TrainConfig, load_run, resume, train
 
 SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
@@ -311,3 +311,27 @@ def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_pa
     assert {name: getattr(first.config, name) for name in changes} == changes
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     assert all(same)
+
+
+@pytest.mark.parametrize("name", ["s4d", "s4d-bare", "rnn", "lstm", "gru"])
+def test_packed_side_by_side_is_one_by_one(name, monkeypatch):
+    """Outputs, states and gradients of sequences of similar lengths, one empty, that go on from states."""
+    torch.manual_seed(0)
+    block = make(name).float().backbone.layers[0]
+    lengths = [7, 0, 9, 8, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    c = block.mixer.config
+    out = []
+    for waste in (4, 0):
+        monkeypatch.setattr(sequence, "WASTE", waste)
+        torch.manual_seed(1)
+        u = torch.randn(1, sum(lengths), c.d_model, requires_grad=True)
+        state = LayerState(torch.randn(5, c.d_inner, c.conv_width, requires_grad=True),
+                           torch.randn(5, c.d_inner, c.state_width, requires_grad=True))  # fmt: skip
+        y, after = block.mixer(u, state, bounds)
+        total = y.square().sum() + after.ssm.cos().sum() + after.conv.cos().sum()
+        leaves = [v for v in (u, *state, *block.mixer.parameters()) if v.numel()]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        out.append([y, *after, *gradients])
+    for together, alone in zip(*out, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

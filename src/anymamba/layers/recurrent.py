@@ -5,6 +5,7 @@ Axes: b batch, t time, m d_model, d d_inner.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 
 from anymamba.config import MambaConfig
 from anymamba.layers.linear import Linear
@@ -27,15 +28,23 @@ class RecurrentMixer(SequenceMixer):
         self.cell = KINDS[config.mixer](m, d, batch_first=True, device=device, dtype=dtype)
         self.out_proj = Linear(d, m, bias=config.bias, device=device, dtype=dtype)
 
-    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.read`."""
         dtype = self.cell.weight_hh_l0.dtype
         before = tuple(v.to(dtype)[None].contiguous() for v in state.ssm.unbind(-1))
         with torch.autocast(u.device.type, enabled=False):  # a recurrence in 16 bits adds up its errors
-            y, after = self.cell(u.to(dtype), before if self.config.mixer == "lstm" else before[0])
+            h = before if self.config.mixer == "lstm" else before[0]
+            y, after = self.cell(u.to(dtype), h) if lengths is None else self._padded(u.to(dtype), h, lengths)
         after = after if self.config.mixer == "lstm" else (after,)
         ssm = torch.stack([v.squeeze(0) for v in after], -1).to(state.ssm.dtype)
+        if lengths is not None:  # torch knows no empty rows
+            ssm = torch.where((lengths > 0)[:, None, None], ssm, state.ssm)
         return self.out_proj(y), LayerState(state.conv, ssm)
+
+    def _padded(self, u, h, lengths):
+        packed = rnn.pack_padded_sequence(u, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
+        y, after = self.cell(packed, h)
+        return rnn.pad_packed_sequence(y, batch_first=True, total_length=u.shape[1])[0], after
 
     def flops_per_token(self) -> int:
         """Of the matrices; see `MambaLM.flops_per_token`."""

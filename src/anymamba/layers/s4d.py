@@ -37,27 +37,33 @@ class S4DMixer(ExactParameters, SequenceMixer):
         self.log_dt = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
 
-    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.read`. One token is a step of the recurrence, more are convolved."""
         xz = self.in_proj(u)
         x, z = xz.chunk(2, dim=-1) if self.config.gate else (xz, None)
         if self.config.use_conv:
+            before = x
             x, conv_state = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu",
                                           initial_state=state.conv)  # fmt: skip
+            if lengths is not None:
+                conv_state = _last_inputs(before, state.conv, lengths)
         else:
             x, conv_state = F.silu(x), x.new_zeros(state.conv.shape)
         with torch.autocast(x.device.type, enabled=False):
-            y, ssm_state = self._ssm(x.to(torch.promote_types(x.dtype, torch.float32)), state.ssm)
+            y, ssm_state = self._ssm(x.to(torch.promote_types(x.dtype, torch.float32)), state.ssm, lengths)
         y = y.to(x.dtype)
         return self.out_proj(y if z is None else y * F.silu(z)), LayerState(conv_state, ssm_state)
 
-    def _ssm(self, x, state):
+    def _ssm(self, x, state, lengths):
         A, C, D, dt = (v.to(x.dtype) for v in (self.A_log, self.C, self.D, self.log_dt.exp()))
         A = torch.complex(-torch.exp(A), self.A_imag.to(x.dtype))
         A_bar, B_bar, _ = discretize(A, torch.ones_like(A), dt[:, None], self.config.discretization)
         h = torch.view_as_complex(state.unflatten(-1, (-1, 2)).contiguous())
         run = lti.recurrence if x.shape[1] == 1 else lti.chunked
-        y, h = run(x, A_bar, B_bar, torch.view_as_complex(C), h)
+        y, after = run(x, A_bar, B_bar, torch.view_as_complex(C), h)
+        if lengths is not None:  # zeros in front change nothing, so the state after each row's own end is a sum
+            after = lti.state_after(_to_the_end(x, lengths), A_bar, B_bar) + A_bar ** lengths[:, None, None] * h
+        h = after
         return y + D * x, torch.view_as_real(h).flatten(-2)
 
     def flops_per_token(self) -> int:
@@ -67,3 +73,16 @@ class S4DMixer(ExactParameters, SequenceMixer):
         matrices = self.in_proj.in_features * self.in_proj.out_features + c.d_inner * c.d_model
         conv = 2 * c.d_conv * c.d_inner if c.use_conv else 0
         return 2 * matrices + conv + 16 * c.d_inner * c.d_state // 2
+
+
+def _last_inputs(x, before, lengths):
+    """The last w-1 inputs (b,d,w-1) of rows x (b,t,d) that have `lengths` (b,), and `before` them (b,d,w-1)."""
+    place = lengths[:, None] + torch.arange(before.shape[2], device=x.device)  # in `before` and x end to end
+    both = torch.cat([before.transpose(1, 2).to(x.dtype), x], 1)
+    return both.take_along_dim(place[..., None], 1).transpose(1, 2)
+
+
+def _to_the_end(x, lengths):
+    """Rows x (b,t,d) moved to end where t ends, zeros before them."""
+    place = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
+    return x.take_along_dim(place.clamp(min=0)[..., None], 1) * (place >= 0)[..., None]

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.padding import unpack
 from anymamba.registration import check_bounds
 from anymamba.state import LayerState, places
+
+WASTE = 4  # times the tokens that there are, padding included, are read at once at most
 
 
 class SequenceMixer(nn.Module):
@@ -19,8 +22,9 @@ class SequenceMixer(nn.Module):
         super().__init__()
         self.config = config
 
-    def read(self, u: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """u (b,t,m) and the state before it → y (b,t,m) and the state after it."""
+    def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        """u (b,t,m) and the state before it → y (b,t,m) and the state after it, or after `lengths` (b,) of its steps:
+        the others are padding behind, whose y means nothing."""
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
@@ -44,8 +48,18 @@ class SequenceMixer(nn.Module):
         return torch.cat(y, 1), LayerState(*(torch.stack(v, 1) for v in zip(*states, strict=True)))
 
     def _read_packed(self, u, state, cu_seqlens):
+        """Sequences of similar lengths side by side, padded; of very different ones, one after the other."""
         check_bounds(cu_seqlens, u.shape[1])
-        sizes = cu_seqlens.diff().tolist()
+        lengths, total = cu_seqlens.diff().to(u.device), u.shape[1]
+        s, longest = len(lengths), int(lengths.max())
+        if s * longest > WASTE * total:
+            return self._read_one_by_one(u, state, lengths.tolist())
+        row = torch.arange(s, device=u.device).repeat_interleave(lengths, output_size=total)
+        index = row * longest + torch.arange(total, device=u.device) - cu_seqlens.to(u.device)[row]
+        y, after = self.read(unpack(u, index, s, longest), state, lengths)
+        return y.flatten(0, 1)[index][None], after
+
+    def _read_one_by_one(self, u, state, sizes):
         y, after = [], []
         for i, piece in enumerate(u.split(sizes, 1)):
             row = LayerState(*(v[i : i + 1] for v in state))
