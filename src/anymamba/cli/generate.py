@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
             raise AnymambaError("--draft with --lookup: guesses come from one of them, drop the other")
         if options.n != 1 or options.interactive:
             raise AnymambaError("--draft and --lookup write one answer: drop --n and --interactive")
+    elif options.guesses != Options.guesses:
+        raise AnymambaError("--guesses says how many tokens --draft or --lookup guesses: add one of them, or drop it")
     if options.interactive and (options.n != 1 or options.prompt is not None):
         raise AnymambaError(
             "--interactive takes its prompts from the keyboard and gives one answer: drop --prompt, --n"

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
+from anymamba.cli.generate import DEFAULT_MODEL
 from anymamba.cli.state import check_output
 from anymamba.data import StreamDecoder, Tokenizer
 from anymamba.errors import AnymambaError
@@ -19,7 +20,7 @@ from anymamba.train.runs import load_run
 DESCRIPTION = """What a model does with a text, as one page for a browser: step sizes, hidden attention, memory.
 
 examples:
-  anymamba inspect runs/NAME --prompt "It was a dark night" -o report.html
+  anymamba inspect --prompt "It was a dark night" -o report.html
   anymamba inspect runs/NAME --file book.txt --tokens 2000 -o report.html
   anymamba inspect runs/NAME --prompt - -o report.html --png pictures < text.txt
 """
@@ -27,8 +28,8 @@ examples:
 
 @dataclass
 class Options:
-    run: Annotated[Positional[str], arg(metavar="RUN")]  # folder of a run or model, or a hub name
     out: Annotated[str, arg(aliases=["-o"])]  # page to write
+    run: Annotated[Positional[str | None], arg(metavar="RUN")] = None  # run, model or hub name; a small one if none
     prompt: str | None = None  # text to look at; - reads standard input
     file: str | None = None  # or the file that holds it
     tokens: int = 1000  # of the text's beginning
@@ -45,14 +46,14 @@ def main(argv: list[str]) -> int:
         raise AnymambaError(f"--tokens {options.tokens}, but it must be at least 1")
     check_output(options.out, options.force)
     text = _text(options)
-    model, tokenizer = load_run(options.run, options.tokenizer)
+    model, tokenizer = load_run(options.run or DEFAULT_MODEL, options.tokenizer)
     ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise AnymambaError("the text is empty: there is nothing to look at")
     read = ids[: options.tokens].astype("int64")
     about = f"{len(read):,} tokens" + (f", the first of {len(ids):,}" if len(read) < len(ids) else "")
     summaries = summarise(model, read, side=side_for(model.config.n_layer))
-    report = page(summaries, token_texts(read, tokenizer), str(options.run), about)
+    report = page(summaries, token_texts(read, tokenizer), options.run or "the package's model", about)
     write_atomically(options.out, lambda part: part.write_text(report, encoding="utf-8"))
     print(f"{options.out}: {about}, {len(report.encode()) / 1e6:.1f} MB")
     for path in save_plots(summaries, options.png) if options.png else ():
