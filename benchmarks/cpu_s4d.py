@@ -3,14 +3,14 @@ the recurrence, a loop of torch over time.
 
     python benchmarks/cpu_s4d.py [--save]
 
-Each includes discretisation and the state after the last token. "chunks" is what `S4DMixer` runs, "Fourier" the
-convolution by fast Fourier transforms, "kernel" what the latter needs first. Also how many parameters a block of each
-mixer has. The gate: all agree, else nothing is timed.
+Each includes discretisation and the state after the last token. "compiled" is what `S4DMixer` runs without gradients,
+"chunks" with them, "Fourier" the convolution by fast Fourier transforms, "kernel" what the latter needs first. Also how
+many parameters a block of each mixer has. The gate: all agree, else nothing is timed.
 """
 
 import torch
 
-from anymamba import MambaConfig
+from anymamba import MambaConfig, ops
 from anymamba.layers import Block
 from anymamba.reference import discretize, hippo, lti
 from common import Report, arguments, measure, median, quiet, spread
@@ -36,6 +36,7 @@ def forms(x, A, dt, C):
         return f
 
     return {
+        "compiled": run(lambda A_bar, B_bar: ops.time_invariant_scan(x, A_bar, B_bar, C)),
         "chunks": run(lambda A_bar, B_bar: lti.chunked(x, A_bar, B_bar, C)),
         "Fourier": run(lambda A_bar, B_bar: lti.convolution(x, A_bar, B_bar, C)),
         "kernel": run(lambda A_bar, B_bar: lti.kernel(A_bar, B_bar, C, t)),
@@ -57,13 +58,14 @@ def main():
     report.roofline()
     timed = forms(*inputs())
     want, want_state = timed["recurrence"]()
-    for name in ("chunks", "Fourier"):
+    for name in ("compiled", "chunks", "Fourier"):
         for got, exact in zip(timed[name](), (want, want_state), strict=True):
             error = ((got - exact).norm() / exact.norm()).item()
             assert error < 1e-4, f"{name} disagrees: {error}"
     times = measure(timed, rounds=5)
     for name, values in times.items():
         report.add(f"forward, {name}, ms", spread(values), median=median(values))
+    report.compare("compiled vs recurrence", times, "compiled", "recurrence", "≥ 20")
     report.compare("chunks vs recurrence", times, "chunks", "recurrence", "≥ 20")
     report.compare("Fourier vs recurrence", times, "Fourier", "recurrence", "≥ 20")
     parameters(report)

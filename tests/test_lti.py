@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from anymamba import ops
 from anymamba.reference import discretize, hippo, lti
 
 FORMS = [lti.convolution, lti.chunked]
@@ -157,3 +158,27 @@ def test_diagonals():
     # the law that S4D-Inv stands for: its largest eigenvalues are about N²/π apart from those that follow
     assert float(legs.imag.max()) == pytest.approx(64 * 64 / math.pi, rel=0.02)
     assert float(hippo.s4d_inv(32).imag.max()) == pytest.approx(float(legs.imag.max()), rel=0.03)
+
+
+@pytest.mark.parametrize(("b", "t", "d", "n"), [(1, 1, 1, 1), (2, 300, 37, 5), (1, 129, 16, 32), (3, 128, 20, 7)])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_kernel_is_the_recurrence(b, t, d, n, given, poison):
+    """`ops.time_invariant_scan` without gradients on a CPU; with them it is computed in chunks."""
+    torch.manual_seed(0)
+    A_bar = torch.exp(0.1 * torch.complex(-torch.rand(d, n), 3 * torch.randn(d, n)))
+    B_bar, C, h = (torch.randn(*shape, dtype=torch.complex64) for shape in ((d, n), (d, n), (b, d, n)))
+    x, h = torch.randn(b, t, d), h if given else None
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lti, "chunked", None)
+        patch.setattr(lti, "recurrence", None)  # neither runs
+        got = ops.time_invariant_scan(x, A_bar, B_bar, C, h)
+    plain = lti.recurrence(x, A_bar, B_bar, C, h)
+    wide = [v if v is None else v.to(torch.complex128) for v in (A_bar, B_bar, C, h)]
+    exact = lti.recurrence(x.double(), *wide)
+    x.requires_grad_()
+    chunks = ops.time_invariant_scan(x, A_bar, B_bar, C, h)
+    assert chunks[0].requires_grad
+    for i, e in enumerate(exact):
+        allowed = 2 * (plain[i] - e).abs().max() + 8 * 2**-23 * e.abs().max()
+        assert (got[i] - e).abs().max() <= allowed
+        assert (chunks[i] - e).abs().max() <= 4 * allowed

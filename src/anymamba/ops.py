@@ -7,6 +7,7 @@
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
 | `linear` | torch | kernels/numba_linear.py for a few rows, else torch | torch | torch |
+| `time_invariant_scan` | reference/lti.py | kernels/numba_lti.py without gradients, else reference | reference | |
 | `quantized_linear` | reference/quantized.py | kernels/numba_quantized.py for a few rows, else reference | reference | |
 
 Axes: b batch, t time, d channels, n d_state, g groups, w d_conv, s sequences (b, or those that cu_seqlens packs).
@@ -22,10 +23,11 @@ from anymamba import reference
 from anymamba.backends import BACKENDS, choose, explain
 from anymamba.discretized import discretized_scan
 from anymamba.errors import AnymambaError
+from anymamba.reference import lti
 from anymamba.registration import bounds
 
 __all__ = ["BACKENDS", "add_rms_norm", "causal_conv1d", "causal_conv1d_step_", "explain", "linear",
-           "quantized_linear", "selective_scan", "selective_step_"]  # fmt: skip
+           "quantized_linear", "selective_scan", "selective_step_", "time_invariant_scan"]  # fmt: skip
 
 # numbers of rows for which our kernel of `linear` on a CPU is faster than torch's, by the weight's dtype (uint8 holds
 # 4-bit weights), see docs/decisions.md
@@ -188,6 +190,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def time_invariant_scan(x: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor,
+                        initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h_t = A_bar h_{t-1} + B_bar x_t, y_t = 2 Re(C h_t): x (b,t,d); A_bar, B_bar, C (d,n) complex; states (b,d,n).
+
+    A complex entry stands for itself and its conjugate (arXiv 2206.11893, section 3.3). In float32 on a CPU and without
+    gradients a kernel walks over time; else it is computed in chunks, see `reference.lti`. Returns y and last state.
+    """
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    if not plain or not _alone() or explain("cpu", x.dtype)[0] != "numba":
+        run = lti.recurrence if x.shape[1] == 1 else lti.chunked
+        return run(x, A_bar, B_bar, C, initial_state)
+    from anymamba.kernels.numba_lti import recurrence
+
+    return recurrence(x, A_bar, B_bar, C, initial_state)
+
+
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of a weight that `reference.quantize_weight` made: integers (outputs,k), scale (outputs,groups) float32.
 
@@ -202,11 +220,14 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def _alone():
+    """Whether nothing needs to see torch's operators: no gradient, no compiler, nobody who counts operations."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+
+
 def _few_rows(x, weight):
     rows = FEW_ROWS.get(weight.dtype)
-    if rows is None or x.dtype not in FEW_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if is_in_torch_dispatch_mode():  # someone watches torch's operators, to count operations for example
+    if rows is None or x.dtype not in FEW_ROWS or not _alone():
         return False
     plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
     if not plain or weight.device.type != "cpu" or x.device != weight.device:

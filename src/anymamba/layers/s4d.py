@@ -11,7 +11,7 @@ from anymamba.config import MambaConfig
 from anymamba.layers.exact import ExactParameters
 from anymamba.layers.linear import Linear
 from anymamba.layers.sequence import SequenceMixer
-from anymamba.ops import causal_conv1d
+from anymamba.ops import causal_conv1d, time_invariant_scan
 from anymamba.reference import discretize, lti
 from anymamba.state import LayerState
 
@@ -38,7 +38,7 @@ class S4DMixer(ExactParameters, SequenceMixer):
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
 
     def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        """See `SequenceMixer.read`. One token is a step of the recurrence, more are convolved."""
+        """See `SequenceMixer.read`. One pass over time, or convolutions of chunks."""
         xz = self.in_proj(u)
         x, z = xz.chunk(2, dim=-1) if self.config.gate else (xz, None)
         if self.config.use_conv:
@@ -59,8 +59,7 @@ class S4DMixer(ExactParameters, SequenceMixer):
         A = torch.complex(-torch.exp(A), self.A_imag.to(x.dtype))
         A_bar, B_bar, _ = discretize(A, torch.ones_like(A), dt[:, None], self.config.discretization)
         h = torch.view_as_complex(state.unflatten(-1, (-1, 2)).contiguous())
-        run = lti.recurrence if x.shape[1] == 1 else lti.chunked
-        y, after = run(x, A_bar, B_bar, torch.view_as_complex(C), h)
+        y, after = time_invariant_scan(x, A_bar, B_bar, torch.view_as_complex(C), h)
         if lengths is not None:  # zeros in front change nothing, so the state after each row's own end is a sum
             after = lti.state_after(_to_the_end(x, lengths), A_bar, B_bar) + A_bar ** lengths[:, None, None] * h
         h = after
