@@ -489,3 +489,8 @@ def test_triton_kernels_compile(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(__file__).rpartition('/')[0]!r}); import test_discretize as t; t.compile_kernels()"  # noqa: E501
     done = run_python(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+def test_matrices_without_dense_are_refused():
+    with pytest.raises(ValueError, match="dense=True"):
+        discretize(torch.eye(2), torch.ones(2, 1), 0.1)

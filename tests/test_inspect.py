@@ -375,3 +375,10 @@ def test_surgery_refuses(model):
 def _patched(model, part, value, tokens=None, **options):
     with inspect.patch(model, 0, part, value, tokens=tokens):
         model(text(), **options)
+
+
+def test_gaps_in_time_are_not_recorded():
+    model, ids = MambaLM(MambaConfig(vocab_size=50, d_model=16, n_layer=1)), torch.arange(10)[None]
+    with inspect.recording(model), pytest.raises(AnymambaError, match="delta"):
+        model(ids, delta=torch.ones(1, 10))
+    assert model(ids, delta=[[1.0] * 10]).logits.shape[:2] == (1, 10)

@@ -281,6 +281,7 @@ def test_quantised_and_adapted():
     ({"mixer": "s4d", "selective": "B"}, "selective='B' with mixer='s4d'.*take mixer='mamba'"),
     ({"s4d_init": "inv"}, "s4d_init='inv' with mixer='mamba'"),
     ({"mixer": "s4d", "s4d_init": "fout"}, "one of lin, inv, real, legs"),
+    ({"mixer": "s4d", "discretization": "euler"}, "another than Euler's for mixer='s4d'"),
     ({"mixer": "s4d", "d_state": 3}, "d_state=3, but it must be even for mixer='s4d'"),
     ({"gate": 1}, "gate=1, but it must be True or False"),
 ])  # fmt: skip

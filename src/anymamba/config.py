@@ -78,6 +78,8 @@ class MambaConfig:
                     raise AnymambaError(f"config: {name}={got!r} with mixer={self.mixer!r}, which has nothing that it "
                                         f"changes: leave it out, or take mixer={mixers[0]!r}")  # fmt: skip
         if self.mixer == "s4d":
+            _require("discretization", self.discretization, "another than Euler's for mixer='s4d', whose fast "
+                     "oscillations it would blow up", lambda v: v != "euler")  # fmt: skip
             _require("d_state", self.d_state, "even for mixer='s4d', whose state is complex", lambda v: v % 2 == 0)
 
     @property

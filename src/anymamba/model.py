@@ -99,6 +99,7 @@ class MambaLM(nn.Module):
         if labels is not None:
             check_labels(labels, (b, t), self.config.vocab_size)
         if delta is not None:
+            delta = torch.as_tensor(delta, device=self.device)
             check_gaps(delta, (b, t), self.config.mixer)
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")

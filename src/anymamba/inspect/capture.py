@@ -86,7 +86,7 @@ def recording(
     with ExitStack() as stack:
         for i, parts in kept.items():
             block = model.backbone.layers[i]
-            stack.callback(block.register_forward_pre_hook(_refuse_packed).remove)
+            stack.callback(block.register_forward_pre_hook(_refuse_others).remove)
             for part, values in parts.items():
                 stack.callback(listen(block, part, _keeper(values, first_only=part == "state")).remove)
         yield Recording(model, kept)
@@ -100,9 +100,11 @@ def _keeper(values, first_only):
     return keep
 
 
-def _refuse_packed(block, args):
+def _refuse_others(block, args):
     if args[3] is not None:
         raise AnymambaError("inspect: rows of several lengths (lengths, cu_seqlens) are not recorded; give them apart")
+    if len(args) > 5 and args[5] is not None:
+        raise AnymambaError("inspect: steps that gaps in time (delta) multiply are not recorded; leave delta out")
 
 
 @torch.no_grad()

@@ -46,6 +46,9 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor | float, rule: str = "zoh", *, d
     if dense and (A.dim() < 2 or A.shape[-1] != A.shape[-2] or B.dim() < 2 or B.shape[-2] != A.shape[-1]):
         raise ValueError(f"discretize: A is {tuple(A.shape)} and B {tuple(B.shape)}, but dense ones are (…,n,n) and "
                          "(…,n,inputs): leave `dense` out for a diagonal A")  # fmt: skip
+    if not dense and A.shape[-1:] != B.shape[-1:]:
+        raise ValueError(f"discretize: A is {tuple(A.shape)} and B {tuple(B.shape)}, but a diagonal A and B have the "
+                         "same last axis: dense=True for matrices (…,n,n) and (…,n,inputs)")  # fmt: skip
     if dense and isinstance(dt, Tensor):
         dt = dt[..., None, None]
     return RULES[rule](A, B, dt, dense=dense)
