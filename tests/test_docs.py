@@ -54,6 +54,21 @@ def test_examples_run(page, i, folder):
     exec(compile(code, f"{page}.md", "exec"), {})
 
 
+def test_the_page_on_evaluation(command, folder):
+    """Its command and first example; lm-evaluation-harness fetches tasks, test_harness.py has local ones."""
+    (folder / "tasks" / "lambada_test.jsonl").write_text(json.dumps({"text": "It was the best of times"}) + "\n")
+    page = (REPO / "docs" / "evaluation.md").read_text()
+    [line] = re.findall(r"<!-- commands -->\n```sh\n(.*?)\n```", page, re.S)
+    code, out, err = command(*shlex.split(line.replace("MODEL", "runs/NAME").replace("DIR", "tasks"))[1:])
+    assert code == 0, err
+    assert all(task in out for task in ("lambada", "arc_easy", "piqa"))
+    [example] = examples("evaluation")
+    names = {}
+    exec(compile(example.replace("MODEL", "runs/NAME").replace('"DIR"', '"tasks"'), "evaluation.md", "exec"), names)
+    assert len(names["scores"]) == 2
+    assert names["result"].n == 5
+
+
 def test_the_walk_from_ssm_to_mamba_runs_top_to_bottom():
     text = (REPO / "docs" / "from-ssm-to-mamba.md").read_text()
     blocks = examples("from-ssm-to-mamba")

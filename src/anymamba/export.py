@@ -29,7 +29,7 @@ from anymamba import reference
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
 from anymamba.layers import QuantizedLinear
-from anymamba.model import MambaLM
+from anymamba.model import MambaLM, eval_mode
 from anymamba.state import LayerState, MambaState
 
 _MOST_BYTES = 1.5e9  # of weights in one ONNX file: protobuf counts to 2 GiB, and the graph needs room too
@@ -61,7 +61,7 @@ def chunk(model: MambaLM, length: int, batch_size: int = 1, *, plain: bool = Fal
     device, dtype = model.device, model.backbone.norm_f.weight.dtype
     ids = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
     before = flatten(MambaState.zeros(model.config, batch_size, device=device, dtype=dtype))
-    with _evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         program = torch.export.export(_Flat(model), (ids, *before), strict=True)
     return program.run_decompositions(_plain_operators()) if plain else program
 
@@ -149,16 +149,6 @@ def _plain_operators():
     ops = torch.ops.anymamba
     return {ops.selective_scan.default: scan, ops.discretized_scan.default: discretized,
             ops.causal_conv1d.default: conv, ops.add_rms_norm.default: norm}  # fmt: skip
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 @contextmanager

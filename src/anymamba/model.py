@@ -6,6 +6,8 @@ Axes: b batch, t time, m d_model, d d_inner, n d_state, r dt_rank, w d_conv, v p
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -325,3 +327,14 @@ class MambaLM(nn.Module):
         from anymamba.checkpoint import load
 
         return load(name_or_path, device=device, dtype=dtype, quantize=quantize, revision=revision)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model without dropout, for as long as this lasts."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

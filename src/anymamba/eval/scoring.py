@@ -18,9 +18,8 @@ from anymamba.eval.prefixes import Node, tree
 from anymamba.generate.checks import require_positive, require_vocabulary
 from anymamba.generate.read import chunk_for
 from anymamba.generate.sampling import mask_padding
-from anymamba.model import MambaLM
+from anymamba.model import MambaLM, eval_mode
 from anymamba.state import MambaState
-from anymamba.train.evaluate import eval_mode
 
 STATES = 2**29  # bytes of the states that a batch of short texts may take
 LOGITS = 2**24  # numbers at once: the head's output is the largest tensor of all

@@ -148,6 +148,16 @@ def _retreat(rule, steps, n, x, dt, dy, dx, ddt, at, d, m, A, hs, g, B, C, dB, d
         _retreat_euler(*walk)
 
 
+@njit
+def _constants(A, B, C, const_B, const_C, c, m, n, A_lanes, B_lanes, C_lanes):
+    """What a block of channels has that does not change over time, in lanes."""
+    gather(A, c, m, n, ONE, A_lanes, 0)
+    if const_B:
+        gather(B, c, m, n, ONE, B_lanes, 0)
+    if const_C:
+        gather(C, c, m, n, ONE, C_lanes, 0)
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------------
 
 
@@ -173,11 +183,7 @@ def discretized_forward(dtype):
             team, part = item // parts, item % parts
             for k in range(part * share, min((part + 1) * share, blocks)):
                 group, c, m = block(k, width, per_group)
-                gather(A, c, m, n, ONE, A_lanes, 0)
-                if const_B:
-                    gather(B, c, m, n, ONE, B_lanes, 0)
-                if const_C:
-                    gather(C, c, m, n, ONE, C_lanes, 0)
+                _constants(A, B, C, const_B, const_C, c, m, n, A_lanes, B_lanes, C_lanes)
                 for q in range(team * sequences // teams, (team + 1) * sequences // teams):
                     if has_h0:
                         gather(h0, q * d + c, m, n, ONE, h, 0)
@@ -225,11 +231,7 @@ def discretized_backward(dtype):
             dB_part, dC_part = pointer(p[11] + 4 * of_part, F32), pointer(p[12] + 4 * of_part, F32)
             for k in range(part * share, min((part + 1) * share, blocks)):
                 group, c, m = block(k, width, per_group)
-                gather(A, c, m, n, ONE, A_lanes, 0)
-                if const_B:
-                    gather(B, c, m, n, ONE, B_lanes, 0)
-                if const_C:
-                    gather(C, c, m, n, ONE, C_lanes, 0)
+                _constants(A, B, C, const_B, const_C, c, m, n, A_lanes, B_lanes, C_lanes)
                 dA_total[:], dB_total[:], dC_total[:] = 0, 0, 0
                 for q in range(team * sequences // teams, (team + 1) * sequences // teams):
                     if has_dh_last:

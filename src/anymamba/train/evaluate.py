@@ -5,7 +5,6 @@ Axes: b batch, t time, v vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from anymamba.data import heldout_batches
 from anymamba.errors import AnymambaError
-from anymamba.model import MambaLM
+from anymamba.model import MambaLM, eval_mode
 from anymamba.train.hardware import to_device
 
 
@@ -78,17 +77,6 @@ def evaluate(
             if on_progress is not None:
                 on_progress(count)
     return Evaluation(torch.stack(losses).cpu().double().sum().item() / count, count, bytes_per_token)
-
-
-@contextmanager
-def eval_mode(model: MambaLM) -> Iterator[None]:
-    """Without dropout."""
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 def _chunks(tokens: np.ndarray, context: int, max_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,13 +15,13 @@ from anymamba import checkpoint, lora
 from anymamba.data import Batches, Tokenizer, prepare
 from anymamba.errors import AnymambaError
 from anymamba.generate import SamplingConfig, generate
-from anymamba.model import MambaLM
+from anymamba.model import MambaLM, eval_mode
 from anymamba.state import MambaState
 from anymamba.train import checkpointing
 from anymamba.train.config import TrainConfig
 from anymamba.train.diagnose import first_nonfinite
 from anymamba.train.display import Display, Silent
-from anymamba.train.evaluate import Evaluation, eval_mode, evaluate
+from anymamba.train.evaluate import Evaluation, evaluate
 from anymamba.train.hardware import choose_device, choose_precision
 from anymamba.train.interrupt import Interrupt
 from anymamba.train.log import Log, plot
