@@ -171,7 +171,7 @@ def test_gpu_newer_than_the_compiler_runs_code_of_its_generation(monkeypatch):
 
 # ---- the package's kernels -------------------------------------------------------------------------------------
 
-CASES = {  # b, t, d, n, dtype, groups (0: constant B and C), packed, all options
+CASES = {  # b, t, d, n, dtype, groups (0: constant B and C), packed, all options, perhaps a rule of discretisation
     "many channels": (8, 64, 2048, 16, torch.bfloat16, None, False, True),
     "few channels": (1, 64, 5120, 16, torch.bfloat16, None, False, True),
     "few channels, in pieces": (1, 4096, 2048, 16, torch.bfloat16, None, False, True),
@@ -183,6 +183,10 @@ CASES = {  # b, t, d, n, dtype, groups (0: constant B and C), packed, all option
     "constant B and C": (1, 1024, 24, 20, torch.bfloat16, 0, False, True),
     "groups": (2, 40, 64, 64, torch.bfloat16, 2, False, True),
     "the largest state": (1, 40, 64, 64, torch.float32, None, False, True),
+    "zero-order hold": (8, 64, 2048, 16, torch.bfloat16, None, False, True, "zoh"),
+    "zero-order hold, in pieces": (1, 4096, 1024, 20, torch.bfloat16, None, False, True, "zoh"),
+    "bilinear, in pieces": (1, 4096, 1024, 16, torch.float32, None, False, True, "bilinear"),
+    "Euler, packed": (1, 64, 40, 64, torch.bfloat16, 0, True, True, "euler"),
 }
 
 
@@ -197,14 +201,14 @@ def compiled_by(monkeypatch):
 
     monkeypatch.setattr(cuda_scan, "load", load)
 
-    def run(b, t, d, n, dtype, groups, packed, options, shared):
+    def run(b, t, d, n, dtype, groups, packed, options, rule="mamba", *, shared):
         monkeypatch.setattr(cuda_scan, "_shared_limit", lambda _: shared)
         arguments = scan_arguments(b, t, d, n, groups=groups, dtype=dtype, without=() if options else OPTIONAL)
         order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
         inputs = [arguments.get(k) for k in order]
         ends = torch.tensor([0, t]) if packed else None
-        y, state, saved = cuda_scan.selective_scan(*inputs, True, arguments.get("initial_state"), ends, True)
-        cuda_scan.selective_scan_backward(y, state, *inputs, True, ends, saved)
+        y, state, saved = cuda_scan.selective_scan(*inputs, True, arguments.get("initial_state"), ends, True, rule)
+        cuda_scan.selective_scan_backward(y, state, *inputs, True, ends, saved, rule=rule)
         return seen
 
     return run
@@ -217,14 +221,15 @@ def test_kernels_compile(case, arch, shared, compiled_by, tmp_path):
     """Also: the host's arithmetic of shared memory is right (a static assertion), and fits each generation of GPUs."""
     if arch != "sm_90" and CASES[case][3] in (3, 20):
         pytest.skip("compiled for sm_90 only, to save time")
-    for (file, defines), names in compiled_by(*CASES[case], shared).items():
+    for (file, defines), names in compiled_by(*CASES[case], shared=shared).items():
         assert dict(defines)["SHARED"] <= shared or file == "cuda_scan_pieces.cu"
         source, headers = cuda_launch.read(file)
         used = resources(cuda_launch.compile(source, file, defines, arch, headers), tmp_path)
         assert used.keys() >= names
         if arch == "sm_90" and dict(defines)["N"] == 16 and dict(defines)["XTYPE"] == 1:
-            for name in names:  # backward spills some 70 bytes today: a dozen loads a chunk
-                assert used[name]["STACK"] + used[name]["LOCAL"] <= 80, f"{name} spills {used[name]} with {defines}"
+            for name in names:  # backward spills some 70 bytes today, with zero-order hold 112: a dozen loads a chunk
+                most = 120 if dict(defines)["RULE"] else 80
+                assert used[name]["STACK"] + used[name]["LOCAL"] <= most, f"{name} spills {used[name]} with {defines}"
 
 
 DECODED = {

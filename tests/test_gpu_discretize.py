@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from anymamba import MambaConfig, MambaLM, explain, ops, reference
-from conftest import assert_law, map_tensors, outputs_and_gradients, scan_arguments, to_double
+from conftest import OPTIONAL, assert_law, map_tensors, outputs_and_gradients, scan_arguments, to_double
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 rules = pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler"])
+backends = pytest.mark.parametrize("backend", ["cuda", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +31,9 @@ def on_gpu(arguments):
     return map_tensors(lambda v: v.to("cuda"), arguments)
 
 
-def check_law(rule, arguments, slack=4, **extra):
+def check_law(rule, backend, arguments, slack=4, **extra):
     arguments, options = on_gpu(arguments), {"discretization": rule} | on_gpu(extra)
-    got = outputs_and_gradients(ops.selective_scan, arguments, backend="triton", **options)
+    got = outputs_and_gradients(ops.selective_scan, arguments, backend=backend, **options)
     plain = outputs_and_gradients(reference.selective_scan, arguments, **options)
     exact = outputs_and_gradients(reference.selective_scan, to_double(arguments), **options)
     for name in exact:
@@ -40,44 +41,72 @@ def check_law(rule, arguments, slack=4, **extra):
 
 
 @rules
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("b", "t", "d", "n"), [(2, 500, 130, 16), (1, 63, 37, 3), (3, 1, 64, 64), (1, 100, 40, 257)])
-def test_sizes(rule, dtype, b, t, d, n):
+def test_sizes(rule, backend, dtype, b, t, d, n):
+    if backend == "cuda" and n > 64:
+        pytest.skip("the CUDA kernels take a d_state up to 64")
     arguments = scan_arguments(b, t, d, n, dtype=dtype)
     if rule == "euler":  # which blows up where |1 + z| > 1, in every implementation
         arguments["A"] = arguments["A"].clamp(min=-0.2)
-    check_law(rule, arguments)
-
-
-@pytest.mark.parametrize("groups", [0, 1, 2, 20])
-def test_groups(groups):
-    check_law("zoh", scan_arguments(2, 70, 80, 16, groups=groups))
-
-
-def test_more_blocks_than_one_a_program():
-    check_law("zoh", scan_arguments(1, 70, 200, 64))
-
-
-@pytest.mark.parametrize("ends", [[0, 0, 7, 7, 100, 150, 150], [0, 150], list(range(0, 151, 10))], ids=str)
-def test_packed(ends):
-    arguments = scan_arguments(1, 150, 48, 16, rows=len(ends) - 1)
-    check_law("bilinear", arguments, cu_seqlens=torch.tensor(ends))
+    check_law(rule, backend, arguments)
 
 
 @rules
+@pytest.mark.parametrize("n", [4, 16, 64])
+def test_pieces_of_time(rule, n):
+    """Few channels and a long text: time is cut, and what a piece begins with is found first."""
+    from anymamba.kernels.cuda_plans import backward_plan, forward_plan
+
+    assert min(forward_plan(1, 1100, 40, n)[0], backward_plan(1, 1100, 40, n)[0]) > 1
+    arguments = scan_arguments(1, 1100, 40, n)
+    if rule == "euler":
+        arguments["A"] = arguments["A"].clamp(min=-0.2)
+    check_law(rule, "cuda", arguments)
+
+
+@backends
+@pytest.mark.parametrize("groups", [0, 1, 2, 20])
+def test_groups(backend, groups):
+    check_law("zoh", backend, scan_arguments(2, 70, 80, 16, groups=groups))
+
+
+@backends
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+def test_a_constant_B_and_no_options(rule, backend):
+    arguments = scan_arguments(2, 70, 80, 16, without=OPTIONAL)
+    check_law(rule, backend, arguments | {"B": torch.randn(80, 16)})
+
+
+@backends
+def test_more_blocks_than_one_a_program(backend):
+    check_law("zoh", backend, scan_arguments(1, 70, 200, 64))
+
+
+@backends
+@pytest.mark.parametrize("ends", [[0, 0, 7, 7, 100, 150, 150], [0, 150], list(range(0, 151, 10))], ids=str)
+def test_packed(backend, ends):
+    arguments = scan_arguments(1, 150, 48, 16, rows=len(ends) - 1)
+    check_law("bilinear", backend, arguments, cu_seqlens=torch.tensor(ends))
+
+
+@rules
+@backends
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
-def test_small_and_large_steps(rule, scale):
+def test_small_and_large_steps(rule, backend, scale):
     arguments = scan_arguments(1, 3, 40, 16, without=("dt_bias",))
     steps = arguments["dt"].abs() * 0.5 * scale
-    check_law(rule, arguments | {"dt": steps, "dt_softplus": False}, slack=max(8, min(scale, 100)))
+    check_law(rule, backend, arguments | {"dt": steps, "dt_softplus": False}, slack=max(8, min(scale, 100)))
 
 
-def test_tiny_steps_add_up():
+@backends
+def test_tiny_steps_add_up(backend):
     """What a hundred thousand steps of z = -1e-6 leave of a state: no bias of a step adds up."""
     t = 100_000
     x, dt = torch.zeros(1, t, 1, device="cuda"), torch.full((1, t, 1), 1e-6, device="cuda")
     one = torch.ones(1, 1, device="cuda")
-    _, h = ops.selective_scan(x, dt, -one, one, one, initial_state=one[None], backend="triton", discretization="zoh")
+    _, h = ops.selective_scan(x, dt, -one, one, one, initial_state=one[None], backend=backend, discretization="zoh")
     exact = math.exp(-float(dt[0, 0, 0].double()) * t)
     # z is a few units in the last place of 1: each step rounds by up to half of one
     assert float(h) == pytest.approx(exact, rel=t * 2**-24)
@@ -89,9 +118,10 @@ def test_two_runs_are_the_same():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_the_default_is_triton_and_compiles_whole():
-    assert explain("cuda", torch.bfloat16, "discretized_scan")[0] == "triton"
-    leaves = map_tensors(lambda v: v.requires_grad_(), on_gpu(scan_arguments(2, 40, 64, 16)))
+@pytest.mark.parametrize("n", [16, 80])  # for CUDA C++, beyond it for Triton
+def test_the_default_compiles_whole(n):
+    assert explain("cuda", torch.bfloat16, "discretized_scan")[0] == "cuda"
+    leaves = map_tensors(lambda v: v.requires_grad_(), on_gpu(scan_arguments(2, 40, 64, n)))
     compiled = torch.compile(ops.selective_scan, fullgraph=True)
     got, want = (scan(**leaves, discretization="zoh") for scan in (compiled, ops.selective_scan))
     torch.testing.assert_close(got, want)

@@ -275,7 +275,7 @@ def test_complex_scan_in_parts_and_packed():
 
 def test_kernels_refuse_a_complex_state_matrix():
     arguments = scan_arguments() | {"A": torch.ones(6, 3, dtype=torch.complex64)}
-    with pytest.raises(ValueError, match=r"A is .*complex64, but backend='numba' computes real state matrices only"):
+    with pytest.raises(ValueError, match=r"backend='numba' does not compute a complex A: use backend=None"):
         ops.selective_scan(**arguments, backend="numba")
 
 

@@ -11,6 +11,7 @@ from anymamba.errors import AnymambaError
 from anymamba.kernels import WIDEST
 
 BACKENDS = ("reference", "numba", "triton", "cuda")
+SCANS = ("selective_scan", "discretized_scan")  # of which there are CUDA C++ kernels
 GPUS = ("cuda", "xpu")  # device types that Triton compiles for; torch calls AMD's "cuda" too
 
 
@@ -82,14 +83,12 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         missing = _missing_numba()
         return ("numba", "CPU kernels compiled by Numba") if missing is None else ("reference", missing)
     no_cuda = None
-    if op in ("selective_scan", "decode") and device == "cuda" and (no_cuda := _missing_cuda(device)) is None:
+    if op in (*SCANS, "decode") and device == "cuda" and (no_cuda := _missing_cuda(device)) is None:
         return "cuda", "CUDA C++ kernels compiled by NVRTC"
     if op == "decode":
         return "reference", f"the model's own forward pass: {no_cuda or f'there are no kernels for {device}'}"
     if (missing := _missing_triton(device)) is not None:
         return "reference", missing
-    if op == "discretized_scan" and device == "cuda":
-        no_cuda = "its kernels compute Mamba's own discretization only"
     return "triton", "GPU kernels compiled by Triton" + (f"; not CUDA C++: {no_cuda}" if no_cuda else "")
 
 
@@ -112,7 +111,7 @@ def _cannot(backend: str, device_type: str, dtype: torch.dtype, op: str) -> str 
         return _missing_numba()
     if backend == "triton":
         return _missing_triton(device_type)
-    return _missing_cuda(device_type) if op == "selective_scan" else f"there is no CUDA C++ kernel for {op}"
+    return _missing_cuda(device_type) if op in SCANS else f"there is no CUDA C++ kernel for {op}"
 
 
 # to torch.compile the answers are constants (as torch.compiler.assume_constant_result does, without its slow import)

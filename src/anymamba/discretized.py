@@ -3,6 +3,7 @@
     h_t = a(Δ_t A) h_{t-1} + Δ_t p(Δ_t A) B_t x_t;   y_t = C_t · h_t
 
 The kernels compute these two lines in float32; what is the same for every rule (softplus, skip, gate) is torch's here.
+The CUDA kernels of the scan know the rules themselves: `ops` goes to them first.
 The operator takes x and dt (b,t,d), A (d,n), and B, C as (b,t,g,n), one g for both, or constant (d,n).
 """
 
@@ -13,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import define, impl, register_autograd, register_fake
 
-from anymamba import reference
-from anymamba.backends import choose
 from anymamba.errors import AnymambaError
-from anymamba.registration import DEVICES, bounds, check_numba, count_sequences
+from anymamba.registration import DEVICES, check_numba, count_sequences
 
 INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
 define(
@@ -32,16 +31,7 @@ define(
 
 
 def discretized_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, rule, backend):
-    """`ops.selective_scan` for the rules beside "mamba"; its arguments, checked."""
-    alone = "a complex A" if A.is_complex() else "trapezoidal" if rule == "trapezoidal" else None
-    if alone and backend not in (None, "reference"):
-        raise AnymambaError(f"selective_scan: backend={backend!r} does not compute {alone}: use backend=None")
-    backend = "reference" if alone else choose(backend, x, "discretized_scan", A.shape[1])
-    cu_seqlens = bounds(cu_seqlens, x, backend)
-    if backend == "reference":
-        return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-                                        initial_state=initial_state, cu_seqlens=cu_seqlens,
-                                        discretization=rule)  # fmt: skip
+    """`ops.selective_scan` for the rules beside "mamba" on Numba or Triton; its arguments, checked."""
     size = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     size = F.softplus(size) if dt_softplus else size
     groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))

@@ -127,9 +127,10 @@ def _names(model):
 def _plain_operators():
     """What each of our operators computes, in operators of torch."""
 
-    def scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend):
+    def scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend, rule="mamba"):
         y, final_state = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-                                                  initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
+                                                  initial_state=initial_state, cu_seqlens=cu_seqlens,
+                                                  discretization=rule)  # fmt: skip
         return y, final_state, A.new_empty(0)
 
     def discretized(x, dt, A, B, C, initial_state, cu_seqlens, rule, save, backend):

@@ -3,7 +3,7 @@
 | op | reference | numba (CPU) | triton (any GPU) | cuda (NVIDIA) |
 |---|---|---|---|---|
 | `selective_scan`, `selective_step_` | reference/selective.py | kernels/numba_scan.py, numba_step.py | triton_scan.py | cuda_scan.py |
-| `selective_scan` with another `discretization` | the same | numba_discretized.py | triton_discretized.py | |
+| `selective_scan` with another `discretization` | the same | numba_discretized.py | triton_discretized.py | cuda_scan.py |
 | `causal_conv1d`, `causal_conv1d_step_` | reference/conv.py | kernels/numba_conv.py | triton_conv.py | |
 | `add_rms_norm` | reference/norm.py | kernels/numba_norm.py | triton_norm.py | |
 | `linear` | torch | kernels/numba_linear.py for a few rows, else torch | torch | torch |
@@ -67,26 +67,30 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     Gradients reach every tensor, also through final_state. Raises AnymambaError for shapes that do not fit.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization)
-    if A.is_complex() and backend not in (None, "reference"):
-        _fail("selective_scan", "A", A, f"backend={backend!r} computes real state matrices only: use backend=None")
+    alone = "a complex A" if A.is_complex() else "trapezoidal" if discretization == "trapezoidal" else None
+    if alone and backend not in (None, "reference"):  # it computes the rest, too
+        raise AnymambaError(f"selective_scan: backend={backend!r} does not compute {alone}: use backend=None")
     if return_states is not None:
         _check_states(return_states, cu_seqlens)
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "discretization": discretization, "backend": backend}
         return _scan_with_states(return_states, x, dt, A, B, C, D, z, initial_state, options)
-    if discretization != "mamba":
-        return discretized_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, discretization,
-                                backend)  # fmt: skip
-    backend = "reference" if A.is_complex() else choose(backend, x, "selective_scan", A.shape[1])
+    op = "selective_scan" if discretization == "mamba" else "discretized_scan"
+    backend = "reference" if alone else choose(backend, x, op, A.shape[1])
     cu_seqlens = bounds(cu_seqlens, x, backend)
     if backend == "reference":
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-                                        initial_state=initial_state, cu_seqlens=cu_seqlens)  # fmt: skip
+                                        initial_state=initial_state, cu_seqlens=cu_seqlens,
+                                        discretization=discretization)  # fmt: skip
+    if op == "discretized_scan" and backend != "cuda":
+        return discretized_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, discretization,
+                                backend)  # fmt: skip
     common, own = _common_dtype(x, dt, z), float32 if backend == "numba" else up_to_float32
     tensors = (_to(x, common), _to(dt, common), float32(A), own(B), own(C), own(D), _to(z, common), own(dt_bias),
                float32(initial_state))  # fmt: skip
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     *inputs, h0 = tensors
-    y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save, backend)
+    y, final_state, _ = torch.ops.anymamba.selective_scan(*inputs, dt_softplus, h0, cu_seqlens, save, backend,
+                                                           discretization)  # fmt: skip
     return _to(y, x.dtype), final_state
 
 

@@ -17,17 +17,18 @@ from anymamba.errors import AnymambaError
 
 DEVICES = ("cpu", "cuda", "xpu")
 SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
+RULE = 'str rule="mamba"'  # of discretisation: others than Mamba's are asked of CUDA kernels only, see `discretized`
 CONV_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens, str backend"
 
 define(
     "anymamba::selective_scan",
-    f"({SCAN_INPUTS}, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool save, str backend)"
+    f"({SCAN_INPUTS}, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool save, str backend, {RULE})"
     " -> (Tensor y, Tensor final_state, Tensor saved)",
 )
 define(
     "anymamba::selective_scan_backward",
-    f"(Tensor dy, Tensor? dfinal_state, {SCAN_INPUTS}, bool dt_softplus, Tensor? cu_seqlens, Tensor saved, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? dfinal_state, {SCAN_INPUTS}, bool dt_softplus, Tensor? cu_seqlens, Tensor saved, "
+    f"str backend, {RULE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 define("anymamba::causal_conv1d", f"({CONV_INPUTS}) -> (Tensor y, Tensor final_state)")
 define(
@@ -133,16 +134,20 @@ def _dense_or_empty(v, like):
 
 
 @impl("anymamba::selective_scan", DEVICES)
-def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend):
+def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend, rule="mamba"):
     check_numba(x, cu_seqlens, backend)
     y, final_state, saved = kernel(backend, "selective_scan")(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, **_other(rule)
     )
     return y, final_state, _or_empty(saved, A)
 
 
+def _other(rule):
+    return {} if rule == "mamba" else {"rule": rule}
+
+
 @register_fake("anymamba::selective_scan")
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend):
+def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend, rule="mamba"):
     sequences, shape = count_sequences(x, cu_seqlens), (0,)
     if save:
         groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
@@ -151,24 +156,25 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, sav
 
 
 @impl("anymamba::selective_scan_backward", DEVICES)
-def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend):
+def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend,
+                   rule="mamba"):  # fmt: skip
     check_numba(x, cu_seqlens, backend)
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = kernel(backend, "selective_scan_backward")(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved
+        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, **_other(rule)
     )
     return dx, ddt, dA, dB, dC, _or_empty(dD, A), _or_empty(dz, x), _or_empty(ddt_bias, A), dinitial
 
 
 @register_fake("anymamba::selective_scan_backward")
-def _(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend):
+def _(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, backend, rule="mamba"):
     optional = [_dense_or_empty(v, like) for v, like in ((D, A), (z, x), (dt_bias, A))]
     return *map(_dense_like, (x, dt, A, B, C)), *optional, A.new_empty(count_sequences(x, cu_seqlens), *A.shape)
 
 
 def _scan_setup(ctx, inputs, output):
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, _, cu_seqlens, save, backend = inputs
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, _, cu_seqlens, save, backend, rule = inputs
     ctx.set_materialize_grads(False)
-    ctx.dt_softplus, ctx.save, ctx.backend = dt_softplus, save, backend
+    ctx.dt_softplus, ctx.save, ctx.backend, ctx.rule = dt_softplus, save, backend, rule
     ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, output[2])
 
 
@@ -178,11 +184,11 @@ def _scan_vjp(ctx, dy, dfinal_state, _):
         raise AnymambaError("torch.ops.anymamba.selective_scan was called with save=False; call ops.selective_scan")
     dy = torch.zeros_like(x) if dy is None else dy
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = torch.ops.anymamba.selective_scan_backward(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, cu_seqlens, saved, ctx.backend
+        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, cu_seqlens, saved, ctx.backend, ctx.rule
     )
     dD, dz, ddt_bias = (None if v is None else g for v, g in ((D, dD), (z, dz), (dt_bias, ddt_bias)))
     dinitial = dinitial if ctx.needs_input_grad[9] else None
-    return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, None, dinitial, None, None, None
+    return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, None, dinitial, None, None, None, None
 
 
 register_autograd("anymamba::selective_scan", _scan_vjp, setup_context=_scan_setup)

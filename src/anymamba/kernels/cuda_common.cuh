@@ -23,6 +23,33 @@ __device__ __forceinline__ float two_to(int k) { return __int_as_float((127 + k)
 // scaled alike when they are made ready, and one product a tile takes it back.
 __device__ __forceinline__ float twice_decay(float step, float a) { return ex2(fmaf(step, a, 1.f)); }
 
+// What a step does, by RULE: 0 Mamba's own, 1 zero-order hold, 2 bilinear, 3 Euler. h' = twice / 2 h + q B x; with another
+// rule than Mamba's q has the step size in it, and a decay is 1 + z p, where z = step a and q = step p. For gradients:
+// the derivative of the decay in z, which is that of q in the step too, and the one of q in a.
+struct Step { float twice, q, in_z, in_a; };
+
+#define UNIT (RULE ? 1.f : 1.44269504f)  // of what `a` holds times A: exp(v) = 2^(v log2 e)
+
+__device__ __forceinline__ Step step_of(float step, float a, float inverse) {  // inverse: 1 / a, for RULE 1
+    if (RULE == 0) return {twice_decay(step, a), 1.f, 0.f, 0.f};
+    const float z = step * a;
+    if (RULE == 1) {
+        // f = (p - 1) / z by its series near 0: nothing cancels there, and no decay near 1 has the bias of ex2.approx
+        float f = 2.48015873e-5f;
+        f = fmaf(f, z, 1.98412698e-4f); f = fmaf(f, z, 1.38888889e-3f); f = fmaf(f, z, 8.33333333e-3f);
+        f = fmaf(f, z, 4.16666667e-2f); f = fmaf(f, z, 1.66666667e-1f); f = fmaf(f, z, 0.5f);
+        const bool near = fabsf(z) < 0.5f;
+        const float e = ex2(1.44269504f * z), p = fmaf(z, f, 1.f);
+        const float decay = near ? fmaf(z, p, 1.f) : e, q = near ? step * p : (e - 1.f) * inverse;
+        return {2.f * decay, q, decay, near ? step * step * (p - f) : fmaf(step, e, -q) * inverse};
+    }
+    if (RULE == 2) {
+        const float y = fmaf(-0.5f, z, 1.f), rough = rcp(y), p = fmaf(rough, fmaf(-y, rough, 1.f), rough), q = step * p;
+        return {fmaf(2.f * z, p, 2.f), q, p * p, 0.5f * q * q};
+    }
+    return {fmaf(2.f, z, 2.f), step, 1.f, 0.f};
+}
+
 // float32 inputs deserve the slower functions of CUDA's library; 16-bit inputs are coarser than these are wrong
 __device__ __forceinline__ float sigmoid(float v) {
     return XTYPE == 0 ? 1.f / (1.f + expf(-v)) : rcp(1.f + ex2(-1.44269504f * v));

@@ -12,7 +12,7 @@ struct Tiles {
 struct Shared {
     char raw[3][Tiles::bytes];
     char y[STATE_ONLY ? 1 : 2][PITCH(CB, X) * T];
-    float2 ready[2][CB][T + 2];  // step size; step size times input, doubled with each step
+    float2 ready[2][CB][T + 2];  // step size; input, with Mamba's rule times step size, doubled with each step
     float B[2][BCONST ? 4 : NP / V * MATRIX(T)], C[2][CCONST || STATE_ONLY ? 4 : NP / V * MATRIX(T)];
 };
 
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     const X* x, i64 x_row, i64 x_step, const X* dt, i64 dt_row, i64 dt_step, const X* z, i64 z_row, i64 z_step,
     const float* A, const BN::type* B, i64 B_row, i64 B_step, i64 B_group,
     const CN::type* C, i64 C_row, i64 C_step, i64 C_group, const float* D, const float* bias,
-    const float* initial, const void* ends, X* y, float* final_state, float* saved, float* total_step,
+    const float* initial, const void* ends, X* y, float* final_state, float* saved, float* total,
     i64 t, i64 d, i64 groups, i64 pieces, i64 piece) {
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     saved += (p.slot * d + p.channel) * NP;
 
     float a[K] = {}, h[K] = {}, fixed_B[K] = {}, fixed_C[K] = {}, skip = 0.f, shift = 0.f, steps_sum = 0.f;
+    float inverse[K], decay[K];  // 1 / A; of the whole piece
     if (c < p.channels) {
         const i64 channel = p.channel + c;
         read_real(a, A + channel * N, j);
@@ -47,9 +48,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
         if (CCONST && !STATE_ONLY) read_fixed<CN>(fixed_C, C + channel * N, j);
         if (D) skip = D[channel];
         if (bias) shift = bias[channel];
-#pragma unroll
-        for (int k = 0; k < K; k++) a[k] *= 1.44269504f;  // exp(v) = 2^(v log2 e)
     }
+#pragma unroll
+    for (int k = 0; k < K; k++) { a[k] *= UNIT; inverse[k] = 1.f / a[k]; decay[k] = 1.f; }
 
     const int tiles = (p.length + T - 1) / T;
     auto fetch = [&](int tile) {  // the pointers move on to the next tile
@@ -71,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
             float v = XN::get(at<X>(raw + Tiles::dt, s, c)) + shift;
             if (DT_SOFTPLUS) v = softplus(v);
             if (s >= rows) v = 0.f;  // past the end nothing changes the state
-            sm.ready[tile & 1][c][s] = make_float2(v, two_to(s + 1) * v * XN::get(at<X>(raw, s, c)));
+            sm.ready[tile & 1][c][s] = make_float2(v, two_to(s + 1) * (RULE ? 1.f : v) * XN::get(at<X>(raw, s, c)));
             if (STATE_ONLY) steps_sum += v;
         }
         if (!BCONST) widen<BN, T>(sm.B[tile & 1], raw + Tiles::b);
@@ -116,7 +117,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
                 sum[i] = 0.f;
 #pragma unroll
                 for (int k = 0; k < K; k++) {
-                    h[k] = fmaf(twice_decay(step, a[k]), h[k], in * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                    const Step r = step_of(step, a[k], inverse[k]);
+                    h[k] = fmaf(r.twice, h[k], r.q * (in * (BCONST ? fixed_B[k] : Bv[i % STEPS][k])));
+                    if (STATE_ONLY && RULE) decay[k] *= 0.5f * r.twice;
                     if (!STATE_ONLY) sum[i] = fmaf(h[k], CCONST ? fixed_C[k] : Cv[i % STEPS][k], sum[i]);
                 }
             }
@@ -139,9 +142,11 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     if (tiles) { __syncthreads(); flush(tiles - 1); }
     const i64 place = sequence * d + p.channel + c;
     if (c < p.channels) write_real(final_state + place * N, h, j);
-    if (STATE_ONLY) {
+    if (STATE_ONLY && RULE) {
+        if (c < p.channels) write_real(total + place * N, decay, j);
+    } else if (STATE_ONLY) {
 #pragma unroll
         for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
-        if (c < p.channels && j == 0) total_step[place] = steps_sum;
+        if (c < p.channels && j == 0) total[place] = steps_sum;
     }
 }

@@ -16,6 +16,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 64  # largest d_state; beyond, B and C of a chunk do not fit the shared memory of smaller GPUs
 
 
+RULES = {"mamba": 0, "zoh": 1, "bilinear": 2, "euler": 3}  # of discretisation, see reference/discretize.py
+
+
 def supports(n: int) -> bool:
     """Whether the kernels take this d_state."""
     return 1 <= n <= WIDEST
@@ -116,16 +119,20 @@ def _shared_limit(device):
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, x, A, B, C, z, dt_softplus, cu_seqlens, backward):
+    def __init__(self, x, A, B, C, z, dt_softplus, cu_seqlens, rule, backward):
         (self.b, self.t, self.d), self.n, self.x = x.shape, A.shape[1], x
         self.sequences = self.b if cu_seqlens is None else cu_seqlens.numel() - 1
         self.groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
         choose = backward_plan if backward else forward_plan
         pieces, self.plan = choose(self.sequences, self.t, self.d, self.n, cu_seqlens is not None)
         self.pieces, self.step = pieces_of(self.t, pieces)
+        self.total = (self.d,) if rule == "mamba" else (self.d, self.n)  # what says how a piece decays: scan_chain
+        if rule != "mamba" and backward:
+            self.plan = self.plan | {"KEEP": 0}  # more than the decays is computed again
         self.defines = {
             "XTYPE": TYPES[x.dtype], "BTYPE": TYPES[B.dtype], "CTYPE": TYPES[C.dtype], "N": self.n,
-            "CHUNK": chunk_length(self.n), "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
+            "RULE": RULES[rule], "CHUNK": chunk_length(self.n),
+            "HAS_Z": int(z is not None), "DT_SOFTPLUS": int(dt_softplus),
             "BCONST": int(B.dim() == 2), "CCONST": int(C.dim() == 2),
             "PACKED": 0 if cu_seqlens is None else cu_seqlens.element_size(), "WIDE_BC": _wide_matrix(B, C),
         }  # fmt: skip
@@ -165,11 +172,11 @@ class _Call:
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 
-def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save):
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, rule="mamba"):
     """y (b,t,d), final_state (s,d,n) and, to `save` for backward, states along the way. See `ops.selective_scan`."""
     x, dt, z, B, C, A = _rows(x), _rows(dt), _rows(z), _matrix(B), _matrix(C), A.contiguous()
     D, dt_bias, initial_state = _float(D), _float(dt_bias), _float(initial_state)
-    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, False)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, rule, False)
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences
     y = torch.empty((b, t, d), dtype=x.dtype, device=x.device)
     saved = call.empty(*saved_shape(x.shape, A.shape, call.groups, s)) if save else call.empty(0)
@@ -189,7 +196,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
         )  # fmt: skip
 
     if call.pieces > 1:
-        own, total = torch.empty_like(final), call.empty(s, call.pieces, d)
+        own, total = torch.empty_like(final), call.empty(s, call.pieces, *call.total)
         run(None, None, own, None, total)
         initial_state = call.chain(plan, own, total, A, initial_state, False)
     run(initial_state, y, final, saved if save else None, None)
@@ -200,7 +207,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu
 
 
 def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved,
-                            dz_out=None):  # fmt: skip
+                            dz_out=None, rule="mamba"):  # fmt: skip
     """Gradients of everything that forward took, in its order; None for what was absent.
 
     `dz_out` (b,t,d): where dz is written, rows of a wider array perhaps.
@@ -208,7 +215,7 @@ def selective_scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_
     like_B, like_C, like_D, like_bias = B, C, D, dt_bias
     x, dt, z, dy, B, C, A = _rows(x), _rows(dt), _rows(z), _rows(dy), _matrix(B), _matrix(C), A.contiguous()
     D, dt_bias, dfinal_state = _float(D), _float(dt_bias), _float(dfinal_state)
-    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, True)
+    call = _Call(x, A, B, C, z, dt_softplus, cu_seqlens, rule, True)
     b, t, d, n, s = call.b, call.t, call.d, call.n, call.sequences * call.pieces
     plan, shared = call.fit(call.plan, _backward_bytes, x, (B, C), 3 if z is None else 4)
     dx, ddt = (torch.empty((b, t, d), dtype=x.dtype, device=x.device) for _ in range(2))
@@ -246,7 +253,7 @@ def _piece_gradients(call, dy, dfinal_state, dt, A, C, z, dt_bias, wide):
     """The gradient of the state after each piece."""
     _, plan = forward_plan(call.sequences * call.pieces, call.step, call.d, call.n, True)
     plan, shared = call.fit(plan, _forward_bytes, dt, (C,), 2 if z is None else 3)
-    own, total = call.empty(call.b, call.pieces, call.d, call.n), call.empty(call.b, call.pieces, call.d)
+    own, total = call.empty(call.b, call.pieces, call.d, call.n), call.empty(call.b, call.pieces, *call.total)
     call.launch(
         "cuda_scan_pieces.cu", "scan_gradients", plan, shared,
         (*_strided(dt), *_strided(z), *_strided(dy), _at(A), *_strided_matrix(C), _at(dt_bias), _at(own), _at(total),

@@ -40,7 +40,7 @@ struct Tiles {
 };
 struct Shared {
     char raw[2][Tiles::bytes];      // inputs; dx, ddt and dz take the places of x, dt and z
-    float4 ready[CB][CHUNK + 1];    // step size, times input (doubled), gradient before the gate (doubled), softplus'
+    float4 ready[CB][CHUNK + 1];    // step size, input as in forward, gradient before the gate (doubled), softplus'
     float B[BCONST ? 4 : NP / V * MATRIX(CHUNK)], C[CCONST ? 4 : NP / V * MATRIX(CHUNK)];
     float sums[WIDTH ? ROWS * WIDTH * SPACE : 4];
     float between[PARTS > 1 ? (PARTS - 1) * NT * K : 4];
@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
     partial += (blockIdx.x % blocks * tokens + p.token) * width;
 
     float a[K] = {}, g[K] = {}, dA_sum[K] = {}, dB_sum[K] = {}, dC_sum[K] = {}, fixed_B[K] = {}, fixed_C[K] = {};
+    float inverse[K];
     if (real) {
         read_real(a, A + (i64)channel * N, j);
         if (dfinal) read_real(g, dfinal + place, j);
@@ -87,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
         }
     }
 #pragma unroll
-    for (int k = 0; k < K; k++) a[k] *= 1.44269504f;
+    for (int k = 0; k < K; k++) { a[k] *= UNIT; inverse[k] = 1.f / a[k]; }
     const float skip = real && D ? D[channel] : 0.f, shift = real && bias ? bias[channel] : 0.f;
     float dD_sum = 0.f, dbias_sum = 0.f;
 
@@ -134,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
             float v = DT_SOFTPLUS ? softplus(raw_step) : raw_step, gate = 1.f;
             if (s >= rows) v = 0.f;
             if (HAS_Z) { gate = XN::get(at<X>(raw + Tiles::z, s, c)); gate *= sigmoid(gate); }
-            sm.ready[c][s] = make_float4(v, two_to(s % T + 1) * v * XN::get(at<X>(raw, s, c)),
+            sm.ready[c][s] = make_float4(v, two_to(s % T + 1) * (RULE ? 1.f : v) * XN::get(at<X>(raw, s, c)),
                                          two_to(T - 1 - s % T) * gate * XN::get(at<X>(raw + Tiles::dy, s, c)), DT_SOFTPLUS ? sigmoid(raw_step) : 1.f);
         }
         if (!BCONST) widen<BN, CHUNK>(sm.B, raw + Tiles::b);
@@ -188,7 +189,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     const float2 q = *(const float2*)&sm.ready[c][part * T + i];
                     if (i % STEPS == 0 && !BCONST) read_matrix<CHUNK>(Bv, sm.B, part * T + i, j);
 #pragma unroll
-                    for (int k = 0; k < K; k++) v[k] = fmaf(twice_decay(q.x, a[k]), v[k], q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k]));
+                    for (int k = 0; k < K; k++) {
+                        const Step r = step_of(q.x, a[k], inverse[k]);
+                        v[k] = fmaf(r.twice, v[k], r.q * (q.y * (BCONST ? fixed_B[k] : Bv[i % STEPS][k])));
+                    }
                 }
 #pragma unroll
                 for (int k = 0; k < K; k++) sm.between[(part * K + k) * NT + threadIdx.x] = v[k] = two_to(-T) * v[k];
@@ -217,9 +221,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     sum[i] = 0.f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        const float decay = twice_decay(q.x, a[k]);
-                        if (KEEP) decays[s][k] = decay;
-                        h[s][k] = fmaf(decay, s ? h[s ? s - 1 : 0][k] : start[k], q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k]));
+                        const Step r = step_of(q.x, a[k], inverse[k]);
+                        if (KEEP) decays[s][k] = r.twice;
+                        h[s][k] = fmaf(r.twice, s ? h[s ? s - 1 : 0][k] : start[k], r.q * (q.y * (BCONST ? fixed_B[k] : Bv[s % STEPS][k])));
                         if (HAS_Z) sum[i] = fmaf(h[s][k], CCONST ? fixed_C[k] : Cv[s % STEPS][k], sum[i]);
                     }
                     factor[s % 2] = q.z;
@@ -245,12 +249,22 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
 #pragma unroll
                     for (int k = 0; k < K; k++) {
                         const float gh = fmaf(q.z, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]);  // of the state after this step
-                        g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : twice_decay(q.x, a[k]));
-                        const float decay = g[k] * (s ? h[s ? s - 1 : 0][k] : start[k]);
-                        dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
-                        through_a[i] = fmaf(decay, a[k], through_a[i]);
-                        through_b[i] = fmaf(gh, BCONST ? fixed_B[k] : Bv[s % STEPS][k], through_b[i]);
-                        if (BCONST) dB_sum[k] = fmaf(gh, q.y, dB_sum[k]); else over[s % 2][k] = TENSOR ? gh : gh * q.y;
+                        const float before = s ? h[s ? s - 1 : 0][k] : start[k], b = BCONST ? fixed_B[k] : Bv[s % STEPS][k];
+                        float by_q = gh;  // the gradient of q B x, times q
+                        if constexpr (RULE) {
+                            const Step r = step_of(q.x, a[k], inverse[k]);
+                            g[k] = gh * r.twice;
+                            by_q = gh * r.q;
+                            dA_sum[k] = fmaf(gh, fmaf(2.f * r.in_z * q.x, before, r.in_a * (q.y * b)), dA_sum[k]);
+                            through_a[i] = fmaf(gh * r.in_z, fmaf(2.f * a[k], before, q.y * b), through_a[i]);
+                        } else {
+                            g[k] = gh * (KEEP ? decays[KEEP ? s : 0][k] : twice_decay(q.x, a[k]));
+                            const float decay = g[k] * before;
+                            dA_sum[k] = fmaf(decay, q.x, dA_sum[k]);
+                            through_a[i] = fmaf(decay, a[k], through_a[i]);
+                        }
+                        through_b[i] = fmaf(by_q, b, through_b[i]);
+                        if (BCONST) dB_sum[k] = fmaf(by_q, q.y, dB_sum[k]); else over[s % 2][k] = TENSOR ? by_q : by_q * q.y;
                         if (CCONST) dC_sum[k] = fmaf(q.z, h[s][k], dC_sum[k]); else if (!TENSOR) over[s % 2][SUMS - K + k] = q.z * h[s][k];
                     }
                     // dB, and dC if that is not done above: over the channels of the warp
@@ -277,7 +291,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     const float4 q = sm.ready[c][s];
                     X& x_place = at<X>(raw, s, c);
                     const float back = two_to(s % T + 1 - T), by_input = back * through_b[i], given = back * q.z;
-                    const float xv = XN::get(x_place), step_grad = q.w * fmaf(xv, by_input, 0.693147181f * two_to(-T) * through_a[i]);
+                    const float xv = XN::get(x_place), by_decay = two_to(-T) * through_a[i];
+                    const float step_grad = q.w * (RULE ? by_decay : fmaf(xv, by_input, 0.693147181f * by_decay));
                     if (HAS_Z) {
                         X& z_place = at<X>(raw + Tiles::z, s, c);
                         const float gate = XN::get(z_place), sig = sigmoid(gate), grad_y = XN::get(at<X>(raw + Tiles::dy, s, c));
@@ -285,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_backward(
                     }
                     dD_sum = fmaf(given, xv, dD_sum);
                     dbias_sum += step_grad;
-                    x_place = XN::put(fmaf(q.x, by_input, skip * given));
+                    x_place = XN::put(fmaf(RULE ? 1.f : q.x, by_input, skip * given));
                     at<X>(raw + Tiles::dt, s, c) = XN::put(step_grad);
                 }
             }

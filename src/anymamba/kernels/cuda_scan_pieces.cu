@@ -2,8 +2,9 @@
 // pieces' own effects (scan_forward with STATE_ONLY; scan_gradients here), then a chain over the pieces.
 #include "cuda_common.cuh"
 
-// at the start of each piece: v = exp(A * sum of step sizes) * v + the piece's own effect
-extern "C" __global__ void scan_chain(const float* own, const float* total_step, const float* A, const float* first,
+// At the start of each piece: v = decay * v + the piece's own effect. The decay is exp(A * sum of step sizes), which
+// `total` has of each channel; with another rule than Mamba's it has the decay itself, of each state.
+extern "C" __global__ void scan_chain(const float* own, const float* total, const float* A, const float* first,
                                       float* starts, i64 rows, i64 pieces, i64 d, i64 backward) {
     for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < rows * d * N; i += (i64)gridDim.x * blockDim.x) {
         const i64 row = i / (d * N), place = i % (d * N);
@@ -12,7 +13,7 @@ extern "C" __global__ void scan_chain(const float* own, const float* total_step,
         for (i64 k = 0; k < pieces; k++) {
             const i64 piece = row * pieces + (backward ? pieces - 1 - k : k);
             starts[piece * d * N + place] = v;
-            const float decay = ex2(1.44269504f * a * total_step[piece * d + place / N]);
+            const float decay = RULE ? total[piece * d * N + place] : ex2(UNIT * a * total[piece * d + place / N]);
             v = v == 0.f ? own[piece * d * N + place] : fmaf(decay, v, own[piece * d * N + place]);  // inf * 0 is 0 here
         }
     }
@@ -29,11 +30,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than the host gives");
 
-// The gradient of the state before each piece if none comes from after it: g = exp(step A) (g + C dy), backwards.
+// The gradient of the state before each piece if none comes from after it: g = decay (g + C dy), backwards.
 extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
     const X* dt, i64 dt_row, i64 dt_step, const X* z, i64 z_row, i64 z_step, const X* dy, i64 dy_row, i64 dy_step,
     const float* A, const CN::type* C, i64 C_row, i64 C_step, i64 C_group, const float* bias,
-    float* own, float* total_step, i64 t, i64 d, i64 groups, i64 pieces, i64 piece) {
+    float* own, float* total, i64 t, i64 d, i64 groups, i64 pieces, i64 piece) {
     extern __shared__ __align__(16) char memory[];
     Shared& sm = *(Shared*)memory;
     const Piece p = piece_of(0, t, d, groups, pieces, piece);
@@ -45,15 +46,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
     if (HAS_Z) z += p.row * z_row + p.first * z_step + p.channel;
     if (!CCONST) C += p.row * C_row + p.first * C_step + p.group * C_group;
 
-    float a[K] = {}, g[K] = {}, fixed_C[K] = {}, shift = 0.f, steps_sum = 0.f;
+    float a[K] = {}, g[K] = {}, fixed_C[K] = {}, shift = 0.f, steps_sum = 0.f, inverse[K], decay[K];
     if (c < p.channels) {
         const i64 channel = p.channel + c;
         read_real(a, A + channel * N, j);
         if (CCONST) read_fixed<CN>(fixed_C, C + channel * N, j);
         if (bias) shift = bias[channel];
-#pragma unroll
-        for (int k = 0; k < K; k++) a[k] *= 1.44269504f;
     }
+#pragma unroll
+    for (int k = 0; k < K; k++) { a[k] *= UNIT; inverse[k] = 1.f / a[k]; decay[k] = 1.f; }
 
     const int tiles = (p.length + T - 1) / T;
     auto fetch = [&](int tile) {
@@ -101,14 +102,22 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_gradients(
             if (s % 2) two = *(const float4*)&sm.ready[tile & 1][c][s - 1];
             const float step = s % 2 ? two.z : two.x, given = s % 2 ? two.w : two.y;
 #pragma unroll
-            for (int k = 0; k < K; k++) g[k] = fmaf(given, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]) * twice_decay(step, a[k]);
+            for (int k = 0; k < K; k++) {
+                const Step r = step_of(step, a[k], inverse[k]);
+                g[k] = fmaf(given, CCONST ? fixed_C[k] : Cv[s % STEPS][k], g[k]) * r.twice;
+                if (RULE) decay[k] *= 0.5f * r.twice;
+            }
         }
 #pragma unroll
         for (int k = 0; k < K; k++) g[k] *= two_to(-T);
     }
     const i64 place = sequence * d + p.channel + c;
     if (c < p.channels) write_real(own + place * N, g, j);
+    if (RULE) {
+        if (c < p.channels) write_real(total + place * N, decay, j);
+        return;
+    }
 #pragma unroll
     for (int mask = NEIGHBOURS; mask < NEIGHBOURS * L; mask *= 2) steps_sum += __shfl_xor_sync(0xffffffffu, steps_sum, mask);
-    if (c < p.channels && j == 0) total_step[place] = steps_sum;
+    if (c < p.channels && j == 0) total[place] = steps_sum;
 }
