@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.layers.irregular import check_gaps
 from anymamba.padding import unpack
 from anymamba.registration import check_bounds
 from anymamba.state import LayerState, places
@@ -28,11 +29,13 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
-                return_states: int | None = None):  # fmt: skip
+                return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip
         """u (b,t,m) → y (b,t,m) and the new LayerState, one row a sequence. Arguments as `MambaMixer.forward` has them.
 
-        Raises AnymambaError for a state or cu_seqlens that do not fit.
+        Raises AnymambaError for a state or cu_seqlens that do not fit, and for gaps delta, which only Mamba knows.
         """
+        if delta is not None:
+            check_gaps(delta, u.shape[:2], self.config.mixer)
         rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self._checked(state, u, rows)
         if cu_seqlens is not None:
