@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.ids import WHOLE, as_ids, check_labels
+from anymamba.ids import WHOLE, as_ids, as_tensor, check_labels
 from anymamba.layers import Block, Linear, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
 from anymamba.layers.init import init_mixer, uniform
 from anymamba.layers.irregular import check_gaps
@@ -94,6 +94,8 @@ class MambaLM(nn.Module):
         """
         if ids is not None:
             ids = as_ids(ids, "ids", self.device)
+        if embeddings is not None:
+            embeddings = as_tensor(embeddings, "embeddings", self.device)
         b, t = self._check_input(ids, embeddings)
         if lengths is not None and cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
@@ -103,7 +105,7 @@ class MambaLM(nn.Module):
         if labels is not None:
             check_labels(labels, (b, t), self.config.vocab_size)
         if delta is not None:
-            delta = torch.as_tensor(delta, device=self.device)
+            delta = as_tensor(delta, "delta").to(self.device)
             check_gaps(delta, (b, t), self.config.mixer)
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
@@ -202,8 +204,8 @@ class MambaLM(nn.Module):
     def _check_ids(self, ids):
         if self.config.vocab_size is None:
             raise AnymambaError("this model has no vocabulary; give embeddings (b,t,m)")
-        if ids.dim() != 2 or ids.dtype not in WHOLE or ids.shape[1] == 0:
-            raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch, seqlen ≥ 1)")
+        if ids.dim() != 2 or ids.dtype not in WHOLE or ids.numel() == 0:
+            raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch ≥ 1, seqlen ≥ 1)")
         if torch.compiler.is_compiling() or ids.device.type != "cpu":
             return  # looking would stop the device; the embedding itself refuses there
         low, high = int(ids.min()), int(ids.max())

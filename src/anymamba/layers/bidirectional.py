@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
+from anymamba.ids import as_tensor
 from anymamba.layers.irregular import check_gaps
 from anymamba.padding import as_offsets, pack, unpack
 from anymamba.registration import bounds
@@ -58,7 +59,7 @@ class Bidirectional(nn.Module):
             cu_seqlens = as_offsets(cu_seqlens, u.shape[0])
             cu_seqlens = cu_seqlens if torch.compiler.is_compiling() else bounds(cu_seqlens, u, None)
         if delta is not None:
-            delta = torch.as_tensor(delta, device=u.device)
+            delta = as_tensor(delta, "delta").to(u.device)
             check_gaps(delta, u.shape[:2])
         if lengths is None:
             return self._both(u, cu_seqlens, delta), None
