@@ -181,6 +181,21 @@ def test_tokenizer_and_a_run_with_it(folder, command):
     assert json.loads(said)["tokens"] < len(TEXT) - 1
 
 
+def test_parts_are_left_out(folder, command):
+    code, _, errors = command("train", "--data", folder / "text.txt", "--steps", 2, "--no-gate", "--no-use-conv",
+                              "--out", folder / "bare", *SIZES)  # fmt: skip
+    assert code == 0, errors
+    config = checkpoint.load_config(folder / "bare")
+    assert (config.gate, config.use_conv, config.mixer) == (False, False, "mamba")
+    assert "gate=False" in refused(command, "train", "--init", folder / "bare", "--no-gate")
+    assert "s4d_init='legs' with mixer='mamba'" in refused(command, "train", "--s4d-init", "legs")
+
+
+def test_train_help_tells_of_every_option(command):
+    out = command("train", "--help")[1]
+    assert all(name in out for name in ("--resume RUN ", "--config FILE ", "--gate, --no-gate", "--s4d-init"))
+
+
 def test_config_file_with_changes(trained, folder, command):
     config = trained[0] / "train.json"
     code, _, errors = command("train", "--config", config, "--steps", 2, "--out", folder / "again")

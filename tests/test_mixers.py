@@ -297,7 +297,13 @@ def test_selective_has_one_spelling():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mixer": "s4d"}, {"mixer": "lstm"}, {"selective": "B"}, {"discretization": "zoh"}]
+    "changes",
+    [
+        {"mixer": "s4d", "s4d_init": "legs", "use_conv": False},
+        {"mixer": "lstm"},
+        {"selective": "B", "gate": False},
+        {"discretization": "zoh"},
+    ],
 )
 def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_path):
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
