@@ -101,7 +101,7 @@ class MambaLM(nn.Module):
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         if cu_seqlens is not None:
             cu_seqlens = as_offsets(cu_seqlens, b)
-        self._check_state(state, return_states, b if cu_seqlens is None else cu_seqlens.numel() - 1)
+        self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1, return_states)
         if labels is not None:
             check_labels(labels, (b, t), self.config.vocab_size)
         if delta is not None:
@@ -214,7 +214,7 @@ class MambaLM(nn.Module):
             raise AnymambaError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: was the text "
                                 "encoded with another tokenizer?")  # fmt: skip
 
-    def _check_state(self, state, return_states, rows):
+    def _check_state(self, state, rows, return_states=None):
         if not (state is None and return_states is None) and not self.keeps_state:
             raise AnymambaError("this model hears both directions: what comes later changes what it made of a text, "
                                 "so it goes on from no state and keeps none: give it whole texts")  # fmt: skip

@@ -58,9 +58,9 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor | float, rule: str = "zoh", *, d
     try:
         torch.broadcast_shapes(*sizes)
     except RuntimeError:
-        raise ValueError(f"discretize: A is {tuple(A.shape)}, B {tuple(B.shape)} and dt {tuple(sizes[2])}, but they must "
-                         "broadcast, those of dense ones before the matrices: dt[:, None] gives each row of a diagonal A "
-                         "its own step") from None  # fmt: skip
+        raise ValueError(f"discretize: A is {tuple(A.shape)}, B {tuple(B.shape)}, dt {tuple(sizes[2])}, but they must "
+                         "broadcast, for dense ones the axes before the matrices: dt[:, None] gives each row of a "
+                         "diagonal A its own step") from None  # fmt: skip
     if dense:
         number = torch.promote_types(A.dtype, B.dtype)  # linear algebra takes matrices of one type
         A, B, dt = A.to(number), B.to(number), dt[..., None, None] if isinstance(dt, Tensor) else dt
