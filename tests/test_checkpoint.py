@@ -305,7 +305,7 @@ def setting(path, **changes):
         ({"intermediate_size": "64"}, "intermediate_size='64', but it must be a whole number of at least 1"),
         ({"hidden_size": "gone"}, "config.json does not say 'hidden_size', without which the model has no size"),
         ({"vocab_size": "gone", "num_hidden_layers": "gone"}, "does not say 'vocab_size', 'num_hidden_layers', with"),
-        ({"hidden_size": None, "time_step_rank": "auto"}, "hidden_size=None, but it must be a whole number of at least"),
+        ({"hidden_size": None, "time_step_rank": "auto"}, "hidden_size=None, but it must be a whole number"),
         ({"hidden_size": None}, "hidden_size=None, but it must be a whole number of at least 1"),
         ({"quantization_config": {"bits": 4}}, "not supported yet: weights quantised by others (quantization_config)"),
         ({"num_hidden_layers": 0}, "config: n_layer=0, but it must be a whole number of at least 1"),
