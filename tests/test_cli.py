@@ -181,6 +181,21 @@ def test_tokenizer_and_a_run_with_it(folder, command):
     assert json.loads(said)["tokens"] < len(TEXT) - 1
 
 
+def test_parts_are_left_out(folder, command):
+    code, _, errors = command("train", "--data", folder / "text.txt", "--steps", 2, "--no-gate", "--no-use-conv",
+                              "--out", folder / "bare", *SIZES)  # fmt: skip
+    assert code == 0, errors
+    config = checkpoint.load_config(folder / "bare")
+    assert (config.gate, config.use_conv, config.mixer) == (False, False, "mamba")
+    assert "training: gate with init=" in refused(command, "train", "--init", folder / "bare", "--no-gate")
+    assert "s4d_init='legs' with mixer='mamba'" in refused(command, "train", "--s4d-init", "legs")
+
+
+def test_train_help_tells_of_every_option(command):
+    out = command("train", "--help")[1]
+    assert all(name in out for name in ("--resume RUN ", "--config FILE ", "--gate, --no-gate", "--s4d-init"))
+
+
 def test_config_file_with_changes(trained, folder, command):
     config = trained[0] / "train.json"
     code, _, errors = command("train", "--config", config, "--steps", 2, "--out", folder / "again")
@@ -328,7 +343,7 @@ def test_doctor_tests_every_kernel(command):
     tested = re.findall(
         r"^  (\w+) +cpu +(\w+) +(\w+) +error \de-\d\d  first +[\d.]+ s, then +[\d.]+ ms  ok$", out, re.M
     )
-    ops = ("selective_scan", "causal_conv1d", "add_rms_norm", "decode")
+    ops = ("selective_scan", "discretized_scan", "causal_conv1d", "add_rms_norm", "decode")
     assert tested == [(op, dtype, backend) for dtype in ("float32", "bfloat16", "float16") for op in ops]
 
 
@@ -338,7 +353,7 @@ def test_doctor_tells_which_op_runs_where(command, monkeypatch):
     monkeypatch.setattr(doctor, "_self_test", lambda console: False)
     out = command("doctor")[1]
     assert re.search(r"^  cpu float32 +cuda +selective_scan: the fastest$", out, re.M)
-    assert re.search(r"^  cpu float32 +triton +causal_conv1d, add_rms_norm, decode: good$", out, re.M)
+    assert re.search(r"^  cpu float32 +triton +discretized_scan, causal_conv1d, add_rms_norm, decode: good$", out, re.M)
 
 
 def test_doctor_finds_a_wrong_kernel(command, monkeypatch):
@@ -352,7 +367,7 @@ def test_doctor_finds_a_wrong_kernel(command, monkeypatch):
     code, out, _ = command("doctor")
     assert code == 1
     assert re.search(r"^  causal_conv1d .* error 1e-02 .* WRONG$", out, re.M)
-    assert len(re.findall(r"ok$", out, re.M)) == 9
+    assert len(re.findall(r"ok$", out, re.M)) == 12
 
 
 def test_doctor_on_a_backend_that_cannot_run_and_one_that_breaks(command, monkeypatch):
@@ -363,7 +378,20 @@ def test_doctor_on_a_backend_that_cannot_run_and_one_that_breaks(command, monkey
     assert code == 1
     assert "cuda       not tested: backend='cuda' cannot run here: " in out
     assert "ZeroDivisionError: division by zero" in out
-    assert len(re.findall(r"ok$", out, re.M)) == 12
+    assert len(re.findall(r"ok$", out, re.M)) == 15
+
+
+def test_doctor_finds_one_wrong_rule(monkeypatch):
+    """The last of the three."""
+    right = doctor.ops.selective_scan
+
+    def wrong(*args, backend, **options):
+        y, state = right(*args, backend=backend, **options)
+        return (y * 1.01 if backend != "reference" and options.get("discretization") == "euler" else y), state
+
+    monkeypatch.setattr(doctor.ops, "selective_scan", wrong)
+    for name, well in (("discretized_scan", False), ("selective_scan", True)):
+        assert doctor._test(name, torch.float32, explain()[0], "cpu")[1] == well
 
 
 def test_the_long_case_and_the_loss_that_doctor_tests_on_gpus():

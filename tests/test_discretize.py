@@ -168,6 +168,39 @@ def test_what_discretize_refuses():
         discretize(A, B, 0.1, "tustin")
     with pytest.raises(ValueError, match=r"A is \(3,\) and B \(3,\).*leave `dense` out for a diagonal A"):
         discretize(A, B, 0.1, dense=True)
+    for dense in (False, True):
+        A, B = (torch.zeros(4, 3, 3), torch.ones(3, 1)) if dense else (A, B)
+        with pytest.raises(ValueError, match=r"dt \(2,\), but they must broadcast"):
+            discretize(A, B, [0.1, 0.2], dense=dense)
+    with pytest.raises(ValueError, match="A is a str that makes no tensor"):
+        discretize("A", B, 0.1)
+    with pytest.raises(ValueError, match="dt is a NoneType that makes no tensor"):
+        discretize(A, B, None, dense=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_discretize_takes_arrays_lists_and_whole_numbers(rule, dense):
+    A, B = ([[-1, 1], [0, -2]], [[1], [2]]) if dense else ([-1, -2], [1, 2])
+    want = discretize(torch.tensor(A).double(), torch.tensor(B).double(), torch.tensor([0.5, 0.25]).double(), rule,
+                      dense=dense)  # fmt: skip
+    for make in (lambda v: v, np.array, lambda v: np.array(v, float), torch.tensor, lambda v: np.array(v) + 0j):
+        got = discretize(make(A), make(B), np.array([0.5, 0.25]), rule, dense=dense)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None and b is None) or torch.allclose(
+                a.to(torch.complex128), b.to(torch.complex128), atol=1e-6
+            )
+    mixed = discretize(np.array(A) * 1j, B, 0.5, rule, dense=dense)  # a real B, as it often is
+    assert mixed.A_bar.is_complex()
+    still = discretize(A, B, 0, rule, dense=dense)
+    assert torch.equal(still.A_bar, torch.eye(2) if dense else torch.ones(2))
+    assert float(still.B_bar.abs().max()) == 0
+
+
+def test_a_mode_without_a_bilinear_step():
+    assert discretize([2.0], [1.0], 1.0, "bilinear").A_bar.isinf().all()
+    with pytest.raises(ValueError, match="2 is an eigenvalue of dt·A, where the rule bilinear has no step"):
+        discretize([[2.0]], [[1.0]], 1.0, "bilinear", dense=True)
 
 
 # ---- the scan of the reference ---------------------------------------------------------------------------------

@@ -272,6 +272,34 @@ def test_quantised_and_adapted():
     torch.testing.assert_close(adapter.model(ids).logits, want)
 
 
+@pytest.mark.parametrize("name", ["none", "s4d", "gru"])
+def test_mixers_alone_refuse_input_that_does_not_fit(name):
+    mixer, u = make(name).float().backbone.layers[0].mixer, torch.randn(2, 5, SIZES["d_model"])
+    for bad in (u[0], u[..., :3], u.long()):
+        with pytest.raises(AnymambaError, match=r"u is \(.*, but must be real numbers \(batch, seqlen, d_model = "):
+            mixer(bad)
+    with pytest.raises(AnymambaError, match="cu_seqlens with a batch of 2"):
+        mixer(u, None, [0, 5])
+    with pytest.raises(AnymambaError, match="must be at least 2 integers"):
+        mixer(u[:1], None, torch.tensor([0.0, 5.0]))
+    with pytest.raises(AnymambaError, match="return_states with cu_seqlens"):
+        mixer(u[:1], None, [0, 5], 2)
+    whole, _ = mixer(u[:1], None, [0, 2, 5])
+    torch.testing.assert_close(whole[:, 2:], mixer(u[:1, 2:])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["none", "s4d", "gru"])
+def test_nothing_to_read_changes_nothing(name):
+    model = make(name).float()
+    features = MambaLM(model.config.replace(vocab_size=None))
+    u = torch.randn(2, 5, SIZES["d_model"])
+    state = features(embeddings=u).state
+    out = features(embeddings=u[:, :0], state=state)
+    assert out.hidden.shape == (2, 0, SIZES["d_model"])
+    assert torch.equal(out.state.layers[0].ssm, state.layers[0].ssm)
+    assert features(embeddings=u[:0]).hidden.shape == (0, 5, SIZES["d_model"])
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"mixer": "mamba3"}, "one of mamba, s4d, rnn, lstm, gru"),
     ({"selective": "A"}, 'some of B, C and dt with commas between'),
@@ -297,7 +325,13 @@ def test_selective_has_one_spelling():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mixer": "s4d"}, {"mixer": "lstm"}, {"selective": "B"}, {"discretization": "zoh"}]
+    "changes",
+    [
+        {"mixer": "s4d", "s4d_init": "legs", "use_conv": False},
+        {"mixer": "lstm"},
+        {"selective": "B", "gate": False},
+        {"discretization": "zoh"},
+    ],
 )
 def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_path):
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)

@@ -283,11 +283,12 @@ def test_ids_may_be_tensors_arrays_and_lists(dtype):
 def test_bad_input_is_refused():
     model, ids = make_model(), tokens()
     for arguments, message in [
-        ({"ids": ids[0]}, "ids are (9,) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
+        ({"ids": ids[0]}, "ids are (9,) torch.int64, but must be integers (batch ≥ 1, seqlen ≥ 1)"),
         ({"ids": ids.float()}, "ids are (2, 9) torch.float32, but must be integers"),
-        ({"ids": ids[:, :0]}, "ids are (2, 0) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
+        ({"ids": ids[:, :0]}, "ids are (2, 0) torch.int64, but must be integers (batch ≥ 1, seqlen ≥ 1)"),
+        ({"ids": ids[:0]}, "ids are (0, 9) torch.int64, but must be integers (batch ≥ 1, seqlen ≥ 1)"),
         ({"ids": ids > 3}, "ids are (2, 9) torch.bool, but must be integers"),
-        ({"ids": [1, 2]}, "ids are (2,) torch.int64, but must be integers (batch, seqlen ≥ 1)"),
+        ({"ids": [1, 2]}, "ids are (2,) torch.int64, but must be integers (batch ≥ 1, seqlen ≥ 1)"),
         ({"ids": [[1, 2], [3]]}, "ids: a list that makes no tensor"),
         ({"ids": "text"}, "ids: a str that makes no tensor"),
         ({"ids": [[0.5]]}, "ids are (1, 1) torch.float64, but must be integers"),
@@ -296,10 +297,14 @@ def test_bad_input_is_refused():
         ({"embeddings": torch.zeros(2, 9, 31)}, "embeddings are (2, 9, 31), but must be (b,t,32)"),
         ({"ids": ids, "lengths": torch.tensor([1, 10])}, "lengths are [1, 10], but must be 2 integers from 0 to 9"),
         ({"ids": ids, "lengths": torch.tensor([1])}, "lengths are [1], but must be 2 integers from 0 to 9, one a row"),
+        ({"ids": ids, "lengths": "all"}, "lengths: a str that makes no tensor"),
+        ({"ids": ids[:1], "cu_seqlens": [9]}, "cu_seqlens is (1,) torch.int64, but must be at least 2 integers"),
+        ({"ids": ids[:1], "cu_seqlens": [0.0, 9.0]}, "cu_seqlens is (2,) torch.float64, but must be"),
+        ({"ids": ids, "state": (1, 2)}, "state is a tuple, but must be a MambaState: `.state` of an earlier output"),
         ({"ids": ids, "lengths": torch.tensor([1, 2]), "padding_side": "top"}, "padding_side='top', but it must be"),
         ({"ids": ids[:1], "lengths": torch.tensor([1]), "cu_seqlens": torch.tensor([0, 9])}, "not both"),
-        ({"ids": ids[:1], "cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens is [0, 8], but it must start at 0"),
-        ({"ids": ids, "cu_seqlens": torch.tensor([0, 9])}, "with cu_seqlens the sequences lie end to end in one row"),
+        ({"ids": ids[:1], "cu_seqlens": [0, 8]}, "cu_seqlens is [0, 8], but it must start at 0"),
+        ({"ids": ids, "cu_seqlens": torch.tensor([0, 9])}, "with a batch of 2, but then the sequences lie end to"),
     ]:  # fmt: skip
         with pytest.raises(AnymambaError, match=re.escape(message)):
             model(**arguments)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ variants = pytest.mark.parametrize("options", VARIANTS, ids=str)
 
 def make(**options):
     torch.manual_seed(0)
-    model = SequenceModel(CONFIG, inputs=3, outputs=4, **options)
+    model = SequenceModel(CONFIG, **({"inputs": 3, "outputs": 4} | options))
     if model.pool is not None and model.pool.kind == "attention":
         torch.nn.init.normal_(model.pool.query)  # equal weights at first would hide them
     return model
@@ -78,6 +80,18 @@ def test_pools(dtype):
             close(y[i], want[kind], tolerance)
 
 
+@pytest.mark.parametrize("part", [Patches(3, 5, 4, 2), Pool("last", 3), Pool("mean", 3)], ids=str)
+def test_parts_refuse_what_does_not_fit(part):
+    x = features()
+    for bad in (x[0], x[:, :0], x[..., :2], x.long()):
+        with pytest.raises(AnymambaError, match=r"x is \(.*, but must be real numbers \(batch, seqlen ≥ 1, 3\)"):
+            part(bad)
+    for lengths in ([11, 12, 1], [11, 1], [1.0, 1.0, 1.0]):
+        with pytest.raises(AnymambaError, match="but must be 3 integers from 0 to 11, one a row"):
+            part(x, lengths)
+    assert len(part(x[:0])) == 0
+
+
 def test_attention_begins_as_the_mean():
     x = features()
     close(Pool("attention", 3)(x), Pool("mean", 3)(x))
@@ -128,6 +142,38 @@ def test_states_go_on(patch):
     rest = model(x[:, 6:], state=first.state)
     close(torch.cat([first.y, rest.y], 1), whole.y)
     close(rest.state.layers[1].ssm, whole.state.layers[1].ssm)
+
+
+def test_a_state_counts_samples_and_knows_of_patches_that_were_not_whole():
+    model, x = make(pool=None, patch=3), features()
+    first = model(x[:, :6], lengths=torch.tensor([6, 3, 0])).state
+    assert first.seen.tolist() == [6, 3, 0]
+    assert model(x, state=first).state.seen.tolist() == [17, 14, 11]
+    after = model(x[:, :6], lengths=torch.tensor([6, 4, 0])).state
+    for state in (after, model(x[:, :5]).state, model(x, state=first).state):
+        with pytest.raises(AnymambaError, match=f"has read {re.escape(str(state.seen.tolist()))} samples, .* of 3"):
+            model(x, state=state)
+    close(model(x[[0, 2]], state=after.select([0, 2])).y, model(x[[0, 2]], state=first.select([0, 2])).y)
+
+
+@variants
+def test_lengths_of_all_samples_are_no_lengths(options):
+    model, x = make(**options), features(t=10)
+    some, none = model(x, lengths=[10] * 3), model(x)
+    close(some.y, none.y)
+    if none.state is not None:
+        assert torch.equal(some.state.seen, none.state.seen)
+        close(some.state.layers[1].ssm, none.state.layers[1].ssm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_features_may_be_arrays_lists_and_of_any_real_dtype(dtype):
+    model, x = make(patch=2).to(dtype), features().bfloat16()  # whose numbers every dtype holds
+    want = model(x.to(dtype)).y
+    assert want.dtype == dtype
+    for given in (x, x.float(), x.double(), x.double().numpy(), x.float().numpy(), x.tolist()):
+        assert torch.equal(model(given).y, want)
+    assert torch.equal(model(x.float().numpy(), lengths=np.array([11, 11, 11])).y, model(x, lengths=[11] * 3).y)
 
 
 def test_gaps_reach_the_blocks():
@@ -205,7 +251,18 @@ def test_impossible_models_are_refused(options, message):
         ({}, {"x": features(f=2)}, r"x is \(3, 11, 2\) torch.float32, but must be real numbers .*, 3\)"),
         ({}, {"x": features()[0]}, r"x is \(11, 3\)"),
         ({}, {"x": features(t=0)}, "seqlen ≥ 1"),
-        ({}, {"x": features().long()}, "torch.int64, but must be real numbers"),
+        ({}, {"x": features()[:0]}, "batch ≥ 1"),
+        ({}, {"x": features().long()}, r"torch.int64, but must be real numbers .* give x.float\(\)"),
+        ({}, {"x": np.zeros((2, 9, 3), np.int16)}, r"torch.int16, .*: give .* of 16 bits x.float\(\) / 32768"),
+        ({}, {"x": features() > 0}, "torch.bool, but must be real numbers"),
+        ({}, {"x": features().to(torch.complex64)}, "torch.complex64, but must be real numbers"),
+        ({}, {"x": "sound.wav"}, "x: a str that makes no tensor"),
+        ({}, {"x": [[[1.0] * 3], []]}, "x: a list that makes no tensor"),
+        ({}, {"x": features().to("meta")}, r"x is on meta, the model on cpu: give x.to\('cpu'\)"),
+        ({"inputs": 1}, {"x": features()[..., 0]}, r"for one feature a sample, give x.unsqueeze\(-1\)"),
+        ({}, {"x": features(), "state": "one"}, "state is a str, but must be a MambaState"),
+        ({}, {"x": features(), "delta": "one"}, "delta: a str that makes no tensor"),
+        ({}, {"x": features(), "lengths": [11.0, 11.0, 1.0]}, "but must be 3 integers from 0 to 11"),
         ({}, {"x": features(), "lengths": [11, 12, 1]}, r"lengths are \[11, 12, 1\], but must be 3 integers"),
         ({"patch": 2}, {"x": features(), "delta": torch.ones(3, 11)}, "delta needs a model of single samples"),
         ({"patch": 2, "stride": 1}, {"x": features(), "state": "one"}, "has patches of 2 every 1, and cannot go on"),

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.ids import WHOLE, as_ids, check_labels
+from anymamba.ids import WHOLE, as_ids, as_tensor, check_labels
 from anymamba.layers import Block, Linear, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
 from anymamba.layers.init import init_mixer, uniform
 from anymamba.layers.irregular import check_gaps
 from anymamba.layers.mixers import CONSTANTS, MIXERS
-from anymamba.padding import pack, unpack
-from anymamba.state import MambaState, StateHistory, places
+from anymamba.padding import as_offsets, pack, unpack
+from anymamba.state import MambaState, StateHistory, check_state, places
 
 PIECE = 8192  # tokens that a CPU reads at once when no gradient is needed, to stay in its caches; GPUs take 8 times it
 
@@ -33,7 +33,7 @@ class MambaOutput(NamedTuple):
     `logits` is None, unless last_only asks for a few; `model.lm_head(out.hidden)` gives them all."""
 
     logits: Tensor | None  # (b,t,v), or (b,1,v) with last_only; None with labels, and without a head
-    state: MambaState  # after each row's last token
+    state: MambaState | None  # after each row's last token; None if a mixer looks ahead
     loss: Tensor | None  # mean cross-entropy in nats a token; None without labels
     hidden: Tensor  # (b,t,m) after the final norm
     states: StateHistory | None = None  # with return_states
@@ -94,18 +94,22 @@ class MambaLM(nn.Module):
         """
         if ids is not None:
             ids = as_ids(ids, "ids", self.device)
+        if embeddings is not None:
+            embeddings = as_tensor(embeddings, "embeddings", self.device)
         b, t = self._check_input(ids, embeddings)
         if lengths is not None and cu_seqlens is not None:
             raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
-        self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1)
+        if cu_seqlens is not None:
+            cu_seqlens = as_offsets(cu_seqlens, b)
+        self._check_state(state, b if cu_seqlens is None else cu_seqlens.numel() - 1, return_states)
         if labels is not None:
             check_labels(labels, (b, t), self.config.vocab_size)
         if delta is not None:
-            delta = torch.as_tensor(delta, device=self.device)
+            delta = as_tensor(delta, "delta").to(self.device)
             check_gaps(delta, (b, t), self.config.mixer)
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
-        plain = lengths is None and cu_seqlens is None and labels is None and return_states is None
+        plain = lengths is None and cu_seqlens is None and labels is None and return_states is None and self.keeps_state
         piece = PIECE if self.device.type == "cpu" else 8 * PIECE
         if plain and b * t > piece and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._in_pieces(ids, embeddings, state, last_only, delta, max(1, piece // b))
@@ -148,6 +152,8 @@ class MambaLM(nn.Module):
             x = self._drop(x)
             layers.append(after)
         x, _ = self.backbone.norm_f(x, residual)
+        if not self.keeps_state:
+            return x, None
         if cu_seqlens is None:
             read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         else:
@@ -198,8 +204,8 @@ class MambaLM(nn.Module):
     def _check_ids(self, ids):
         if self.config.vocab_size is None:
             raise AnymambaError("this model has no vocabulary; give embeddings (b,t,m)")
-        if ids.dim() != 2 or ids.dtype not in WHOLE or ids.shape[1] == 0:
-            raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch, seqlen ≥ 1)")
+        if ids.dim() != 2 or ids.dtype not in WHOLE or ids.numel() == 0:
+            raise AnymambaError(f"ids are {tuple(ids.shape)} {ids.dtype}, but must be integers (batch ≥ 1, seqlen ≥ 1)")
         if torch.compiler.is_compiling() or ids.device.type != "cpu":
             return  # looking would stop the device; the embedding itself refuses there
         low, high = int(ids.min()), int(ids.max())
@@ -208,23 +214,23 @@ class MambaLM(nn.Module):
             raise AnymambaError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: was the text "
                                 "encoded with another tokenizer?")  # fmt: skip
 
-    def _check_state(self, state, rows):
-        if state is None:
-            return
-        config = self.config
-        want = (rows, config.d_inner, config.state_width)
-        got = tuple(state.layers[0].ssm.shape)
-        if len(state.layers) != config.n_layer or got != want:
-            raise AnymambaError(
-                f"the state has {len(state.layers)} layers of (rows, d_inner, d_state) = {got}, but this input and "
-                f"model need {config.n_layer} of {want}; use state.select or fork for other rows"
-            )
+    def _check_state(self, state, rows, return_states=None):
+        if not (state is None and return_states is None) and not self.keeps_state:
+            raise AnymambaError("this model hears both directions: what comes later changes what it made of a text, "
+                                "so it goes on from no state and keeps none: give it whole texts")  # fmt: skip
+        if state is not None:
+            check_state(state, self.config, rows)
 
     # ---- parameters ----
 
     @property
     def device(self) -> torch.device:
         return self.backbone.norm_f.weight.device
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether every mixer only looks back: then what was read is a state to go on from."""
+        return all(getattr(type(block.mixer), "keeps_state", True) for block in self.backbone.layers)
 
     def tie_weights(self) -> None:
         if self.config.vocab_size is not None and self.config.tie_embeddings:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from anymamba.errors import AnymambaError
+from anymamba.ids import WHOLE, as_ids
 
 
 def pack(x: Tensor, lengths: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,12 +32,19 @@ def unpack(x: Tensor, index: Tensor, b: int, t: int) -> Tensor:
 
 def as_lengths(lengths: Tensor, b: int, t: int, device: torch.device) -> Tensor:
     """`lengths` as a tensor on `device`. Raises AnymambaError if they are not b integers from 0 to t."""
-    lengths = torch.as_tensor(lengths, device=device)
-    if (
-        lengths.shape != (b,)
-        or lengths.is_floating_point()
-        or lengths.dtype == torch.bool
-        or bool(((lengths < 0) | (lengths > t)).any())
-    ):
+    lengths = as_ids(lengths, "lengths").to(device)
+    if lengths.shape != (b,) or lengths.dtype not in WHOLE or bool(((lengths < 0) | (lengths > t)).any()):
         raise AnymambaError(f"lengths are {lengths.tolist()}, but must be {b} integers from 0 to {t}, one a row")
     return lengths
+
+
+def as_offsets(cu_seqlens: Tensor, b: int) -> Tensor:
+    """`cu_seqlens` as a tensor. Raises AnymambaError if it is no vector of integers, or for b rows; what the integers
+    are is seen where the sequences are read."""
+    cu_seqlens = as_ids(cu_seqlens, "cu_seqlens")
+    if b != 1:
+        raise AnymambaError(f"cu_seqlens with a batch of {b}, but then the sequences lie end to end in one row")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in WHOLE:
+        got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise AnymambaError(f"cu_seqlens is {got}, but must be at least 2 integers: 0 and the sequences' ends")
+    return cu_seqlens

@@ -3,6 +3,7 @@
 Axes: b batch, t time, f features, k steps after patching (t without), m d_model.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +15,19 @@ from anymamba.checkpoint.assemble import fill
 from anymamba.checkpoint.folder import CONFIG, read_settings, read_tensors, write_safetensors, write_settings
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
+from anymamba.ids import WHOLE, as_tensor
 from anymamba.layers import Bidirectional, Linear
 from anymamba.layers.heads import Patches, Pool
 from anymamba.model import MambaLM
 from anymamba.padding import as_lengths
-from anymamba.state import MambaState
+from anymamba.state import MambaState, check_state
 
 FORMAT = "anymamba-sequence-1"
 
 
 class SequenceOutput(NamedTuple):
     y: Tensor  # (b,outputs), or without a pool (b,k,outputs)
-    state: MambaState | None  # after each row's last step; None if bidirectional
+    state: MambaState | None  # after each row's last step, `seen` counts samples; None if bidirectional
 
 
 class SequenceModel(nn.Module):
@@ -67,28 +69,30 @@ class SequenceModel(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: MambaState | None = None, *,
                 delta: Tensor | None = None) -> SequenceOutput:  # fmt: skip
-        """Read features x (b,t,f).
+        """Read features.
 
         Args:
+            x: (b,t,f) real numbers, a tensor, an array or lists, which become of the model's dtype.
             lengths: (b,) samples of each row; the others, on the right, are padding and change nothing. Without a pool
                 y is 0 there; a row of no samples gives NaN with one.
             state: of an earlier call, to go on from; then the pool covers what this call reads. Every call before the
-                last must read a multiple of `stride` samples. Not if patches overlap, or if bidirectional.
+                last must read a multiple of `stride` samples of each row, for a patch that was filled up with zeros is
+                no part of a longer signal. Not if patches overlap, or if bidirectional.
             delta: (b,t) gaps in time, as `MambaLM.forward` takes them; only without patches.
 
         Raises AnymambaError for what does not fit the model.
         """
-        self._check_input(x, state, delta)
+        x = self._as_features(x)
+        self._check_state(state, len(x))
+        if delta is not None and self.settings["patch"] > 1:
+            raise AnymambaError(f"delta needs a model of single samples, and this one has patches of "
+                                f"{self.settings['patch']}")  # fmt: skip
         b, t, _ = x.shape
         lengths = None if lengths is None else as_lengths(lengths, b, t, x.device)
         x = self.patches(x, lengths)
         steps = None if lengths is None else self.patches.count(lengths)
-        whole = steps
-        if steps is None and self.settings["bidirectional"] and not torch.is_grad_enabled():
-            # lengths keep MambaLM from reading long rows in pieces
-            whole = torch.full((b,), x.shape[1], device=x.device)
-        out = self.mamba(embeddings=x, state=state, lengths=whole, delta=delta)
-        after = None if self.settings["bidirectional"] else out.state
+        out = self.mamba(embeddings=x, state=state, lengths=steps, delta=delta)
+        after = None if out.state is None else _counted(out.state, state, t if lengths is None else lengths)
         if self.pool is not None:
             return SequenceOutput(self.head(self.pool(out.hidden, steps)), after)
         y = self.head(out.hidden)
@@ -96,15 +100,32 @@ class SequenceModel(nn.Module):
             y = y.masked_fill((torch.arange(y.shape[1], device=y.device) >= steps[:, None])[..., None], 0)
         return SequenceOutput(y, after)
 
-    def _check_input(self, x, state, delta):
-        f, patch, stride = (self.settings[name] for name in ("inputs", "patch", "stride"))
-        if x.dim() != 3 or x.shape[2] != f or x.shape[1] == 0 or not x.is_floating_point():
-            raise AnymambaError(f"x is {tuple(x.shape)} {x.dtype}, but must be real numbers (batch, seqlen ≥ 1, {f})")
-        if state is not None and (patch != stride or self.settings["bidirectional"]):
-            why = "is bidirectional" if self.settings["bidirectional"] else f"has patches of {patch} every {stride}"
+    def _as_features(self, x):
+        """x as a tensor (b,t,f) of the model's dtype, on its device if it was none."""
+        f, device, dtype = self.settings["inputs"], self.mamba.device, self.mamba.backbone.norm_f.weight.dtype
+        x = as_tensor(x, "x", device)
+        want = f"real numbers (batch ≥ 1, seqlen ≥ 1, {f})"
+        if x.dtype in WHOLE:
+            raise AnymambaError(f"x is {x.dtype}, but must be {want}: give x.float(), and for sound of 16 bits "
+                                "x.float() / 32768, so that its numbers are of the order of 1")  # fmt: skip
+        if x.dim() != 3 or x.shape[2] != f or x.numel() == 0 or not x.is_floating_point():
+            cure = ": for one feature a sample, give x.unsqueeze(-1)" if x.dim() == 2 and f == 1 else ""
+            raise AnymambaError(f"x is {tuple(x.shape)} {x.dtype}, but must be {want}{cure}")
+        if x.device != device:
+            raise AnymambaError(f"x is on {x.device}, the model on {device}: give x.to({str(device)!r})")
+        return x.to(dtype)
+
+    def _check_state(self, state, rows):
+        patch, stride, both = (self.settings[name] for name in ("patch", "stride", "bidirectional"))
+        if state is None:
+            return
+        if patch != stride or both:
+            why = "is bidirectional" if both else f"has patches of {patch} every {stride}"
             raise AnymambaError(f"this model {why}, and cannot go on from a state: give it whole sequences")
-        if delta is not None and patch > 1:
-            raise AnymambaError(f"delta needs a model of single samples, and this one has patches of {patch}")
+        check_state(state, self.config, rows)
+        if stride > 1 and not torch.compiler.is_compiling() and bool((state.seen % stride).any()):
+            raise AnymambaError(f"the state has read {state.seen.tolist()} samples, which are not whole patches of "
+                                f"{stride}: only the last call may end within one")  # fmt: skip
 
     param_groups = MambaLM.param_groups
 
@@ -132,6 +153,12 @@ class SequenceModel(nn.Module):
                                 "again, or update anymamba") from None  # fmt: skip
         fill(model, read_tensors(Path(folder)), folder, device=device, dtype=dtype)
         return model
+
+
+def _counted(after, before, samples):
+    """The state with how many samples it has seen, not how many patches."""
+    seen = samples + (torch.zeros_like(after.seen) if before is None else before.seen)
+    return dataclasses.replace(after, seen=seen)
 
 
 def _check(config: MambaConfig, settings: dict[str, Any]) -> None:

@@ -154,6 +154,21 @@ class MambaState:
         return state, {k.removeprefix(EXTRA): v for k, v in tensors.items() if k.startswith(EXTRA)}
 
 
+def check_state(state: MambaState, config: MambaConfig, rows: int) -> None:
+    """Raises AnymambaError unless `state` is one of so many rows, of a model of this config."""
+    if not isinstance(state, MambaState):
+        raise AnymambaError(
+            f"state is a {type(state).__name__}, but must be a MambaState: `.state` of an earlier output"
+        )
+    want = (rows, config.d_inner, config.state_width)
+    got = tuple(state.layers[0].ssm.shape)
+    if len(state.layers) != config.n_layer or got != want:
+        raise AnymambaError(
+            f"the state has {len(state.layers)} layers of (rows, d_inner, d_state) = {got}, but this input and "
+            f"model need {config.n_layer} of {want}; use state.select or fork for other rows"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class StateHistory:
     """The states of a model at p places of the text that it has just read, as `MambaLM.forward(return_states=k)` gives

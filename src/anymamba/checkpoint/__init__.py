@@ -69,14 +69,18 @@ def save(model: MambaLM, path: str | os.PathLike, format: str = "native") -> Non
     """Write a model in one of FORMATS to a folder, made if missing; each file atomically. "gguf" is one file,
     path if its name ends in .gguf, else `model.gguf` in that folder; see `checkpoint.gguf.save` for its tokenizer.
 
-    Raises AnymambaError if it cannot be written, the disk is full, the model is quantised, or the format cannot hold
-    it.
+    Raises AnymambaError if it cannot be written, the disk is full, the model is quantised or hears both directions, or
+    the format cannot hold it.
     """
     if format not in FORMATS:
         raise AnymambaError(f"format={format!r} does not exist: choose one of {', '.join(FORMATS)}")
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise AnymambaError("a quantised model cannot be saved: save the model that it was made from, and quantise "
                             "after loading, MambaLM.from_pretrained(folder, quantize='int8')")  # fmt: skip
+    if not model.keeps_state:
+        raise AnymambaError("this model hears both directions, and no format says so: it would be loaded as another. "
+                            "Save its weights by safetensors.torch.save_model, and load them by load_model into a "
+                            "model made as this one was; a SequenceModel(bidirectional=True) saves itself")  # fmt: skip
     FORMATS[format].save(model, Path(path))
 
 

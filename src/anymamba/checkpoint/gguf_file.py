@@ -59,8 +59,8 @@ class GgufFile:
                 self._parse()
         except AnymambaError:
             raise
-        except (struct.error, UnicodeDecodeError) as error:
-            raise self._damaged(str(error)) from None
+        except UnicodeDecodeError:
+            raise self._damaged(f"a text before byte {self._at} is not UTF-8") from None
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise AnymambaError(f"{self.path} cannot be read ({error}): give the path of a .gguf file") from None
 
@@ -139,11 +139,10 @@ class GgufFile:
         return self._scalars(code, 1)[0]
 
     def _scalars(self, code: str, count: int) -> tuple:
-        code = f"<{count}{code}" if count < len(self._data) else "<"  # a damaged count would ask for all memory
-        values = struct.unpack_from(code, self._data, self._at)
-        if len(values) != count:
-            raise self._damaged(f"{count} numbers at {self._at}")
-        self._at += struct.calcsize(code)
+        end = self._at + count * struct.calcsize(f"<{code}")
+        if end > len(self._data):  # before they are unpacked: a damaged count would ask for all memory
+            raise self._damaged(f"{count} numbers at {self._at} of {len(self._data)} bytes")
+        values, self._at = struct.unpack_from(f"<{count}{code}", self._data, self._at), end
         return values
 
     def _string(self) -> str:

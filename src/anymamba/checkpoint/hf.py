@@ -26,11 +26,12 @@ from anymamba.model import MambaLM
 
 KINDS = {"mamba": "MambaForCausalLM", "falcon_mamba": "FalconMambaForCausalLM"}
 THEIR_EMBEDDING = "backbone.embeddings.weight"
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # without a default: a config that lacks one is no whole one
 # ours → theirs, and what they take where a config does not say
 NAMES: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 50280),
-    "d_model": ("hidden_size", 768),
-    "n_layer": ("num_hidden_layers", 32),
+    "vocab_size": ("vocab_size", None),
+    "d_model": ("hidden_size", None),
+    "n_layer": ("num_hidden_layers", None),
     "d_state": ("state_size", 16),
     "d_conv": ("conv_kernel", 4),
     "dt_rank": ("time_step_rank", "auto"),
@@ -55,13 +56,16 @@ def matches(path: Path) -> bool:
 def read_config(path: Path) -> MambaConfig:
     """Raises AnymambaError for settings that make another model than ours."""
     settings = read_settings(path)
+    if missing := [repr(name) for name in SIZES if name not in settings]:
+        raise AnymambaError(f"{path / CONFIG} does not say {', '.join(missing)}, without which the model has no "
+                            "size: copy or download it again")  # fmt: skip
     values = {ours: settings.get(theirs, default) for ours, (theirs, default) in NAMES.items()}
     if (act := settings.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise AnymambaError(f"{path / CONFIG}: not supported yet: hidden_act={act!r}, only 'silu'")
     if "quantization_config" in settings:
         raise AnymambaError(f"{path / CONFIG}: not supported yet: weights quantised by others (quantization_config); "
                             "load the original model, with quantize='int8' if need be")  # fmt: skip
-    if values["dt_rank"] == "auto" or values["dt_rank"] == math.ceil(_whole(path, values["d_model"]) / 16):
+    if values["dt_rank"] in ("auto", math.ceil(_whole(path, "hidden_size", values["d_model"]) / 16)):
         values["dt_rank"] = None
     values["expand"] = _expand(path, settings, values["d_model"])
     if settings["model_type"] == "falcon_mamba":
@@ -69,16 +73,16 @@ def read_config(path: Path) -> MambaConfig:
     return MambaConfig(**values | _vocabulary(path, settings, values["vocab_size"]))
 
 
-def _whole(path, value):
+def _whole(path, name, value):
     if not isinstance(value, int) or value < 1:
-        raise AnymambaError(f"{path / CONFIG}: {value!r} where a whole number of at least 1 must be")
+        raise AnymambaError(f"{path / CONFIG}: {name}={value!r}, but it must be a whole number of at least 1")
     return value
 
 
 def _expand(path, settings, d_model):
     """d_inner / d_model. Falcon-Mamba 7B says expand=16, which its intermediate_size overrides."""
     d_inner = settings.get("intermediate_size") or int(settings.get("expand", 2) * d_model)
-    if _whole(path, d_inner) % d_model:
+    if _whole(path, "intermediate_size", d_inner) % d_model:
         raise AnymambaError(f"{path / CONFIG}: not supported yet: intermediate_size={d_inner}, which is no multiple of "
                             f"hidden_size={d_model}")  # fmt: skip
     return d_inner // d_model
@@ -87,7 +91,7 @@ def _expand(path, settings, d_model):
 def _vocabulary(path, settings, rows):
     """The rows of the embedding are all that transformers knows; how they were padded some configs say as well."""
     multiple = settings.get("pad_vocab_size_multiple") or 1
-    if _whole(path, rows) % _whole(path, multiple):
+    if _whole(path, "vocab_size", rows) % _whole(path, "pad_vocab_size_multiple", multiple):
         multiple = 1
     unpadded = settings.get(UNPADDED, rows)
     fits = isinstance(unpadded, int) and rows - multiple < unpadded <= rows

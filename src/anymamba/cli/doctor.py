@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anymamba import __version__, ops
-from anymamba.config import MambaConfig
+from anymamba.config import DISCRETIZATIONS, MambaConfig
 from anymamba.errors import AnymambaError
 from anymamba.generate.decode import Decoder
 from anymamba.layers import linear_cross_entropy
@@ -30,6 +30,7 @@ OPTIONAL = {  # package: what it adds, and the extra that installs it
     "tensorboard": ("anymamba train --tensorboard", "anymamba[log]"),
     "transformers": ("comparison with other implementations in the tests", "anymamba[test]"),
 }
+RULES = [rule for rule in DISCRETIZATIONS if rule != "mamba"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Errors relative to the float64 reference that a right kernel stays well under: rounding of the output, no more.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -174,6 +175,14 @@ def _scan(v, backend):
                               backend=backend)  # fmt: skip
 
 
+def _rules(v, backend):
+    """The scan with each other discretisation that has kernels, on an A that Euler's rule does not blow up."""
+    x, dt, A, B, C, D, z, bias, h0 = v
+    out = [ops.selective_scan(x, dt, -A.sigmoid() / 4, B, C, D, z, dt_bias=bias, dt_softplus=True, initial_state=h0,
+                              backend=backend, discretization=rule) for rule in RULES]  # fmt: skip
+    return [tensor for pair in out for tensor in pair]
+
+
 def _conv(v, backend):
     x, weight, bias, h0 = v
     return ops.causal_conv1d(x, weight, bias, activation="silu", initial_state=h0, backend=backend)
@@ -196,6 +205,7 @@ def _scan_shapes(b, t, d, n):
 B, T, D, N = 2, 67, 37, 16
 CASES = {  # function, shapes of its inputs, which of them are activations (the others stay float32)
     "selective_scan": (_scan, _scan_shapes(B, T, D, N), {0, 1, 6}),
+    "discretized_scan": (_rules, _scan_shapes(B, T, D, N), {0, 1, 6}),
     "causal_conv1d": (_conv, [(B, T, D), (D, 4), (D,), (B, D, 3)], {0}),
     "add_rms_norm": (_norm, [(B, T, D), (B, T, D), (D,)], {0}),
 }

@@ -24,6 +24,10 @@ examples:
   anymamba train --config runs/NAME/train.json --lr 1e-3 as another run, with changes
   anymamba train --init runs/NAME --data notes/          fine-tune a model, all of it
   anymamba train --init runs/NAME --lora --data notes/   or a small adapter of it: less to learn, to hold and to keep
+
+beside the options below:
+  --resume RUN     go on with a run, by its own options: no other one goes with it
+  --config FILE    a train.json, whose values take the place of the defaults below
 """
 
 

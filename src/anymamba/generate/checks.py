@@ -47,8 +47,12 @@ def checked_ids(ids, vocab_size, who, offset=0):
 
 
 def require_vocabulary(who, model):
+    """Raises AnymambaError for a model that predicts no next token."""
     if model.config.vocab_size is None:
         raise AnymambaError(f"{who}: this model has no vocabulary, it maps features; use one made with vocab_size")
+    if not getattr(model, "keeps_state", True):
+        raise AnymambaError(f"{who}: this model hears both directions: it has no state to go on from, and what follows "
+                            "is no guess of it; call it on whole texts, or use a causal model")  # fmt: skip
 
 
 def _check_start(model, rows, state, logits, cache):

@@ -14,7 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
 from anymamba.generate.batch import Batch, Job, batch_of, joined
-from anymamba.generate.checks import check_cache, check_rules, checked_prompts, checked_state, require_positive
+from anymamba.generate.checks import (
+    check_cache,
+    check_rules,
+    checked_prompts,
+    checked_state,
+    require_positive,
+    require_vocabulary,
+)
 from anymamba.generate.decode import Decoder
 from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
@@ -34,13 +41,14 @@ class Engine:
     cache: a `PrefixCache` of this model: a prompt is read from the longest beginning that it knows, and leaves its own
     there; a request with a state of its own is not looked up. It counts the hits.
 
-    Raises AnymambaError for limits below 1 and a cache of another model.
+    Raises AnymambaError for limits below 1, a cache of another model, and a model that predicts no next token.
     """
 
     def __init__(self, model: torch.nn.Module, *, max_batch: int = 32, max_queue: int = 256, prefill_chunk: int = 512,
                  max_prefill_tokens: int = 1024, cache: PrefixCache | None = None):  # fmt: skip
         require_positive(max_batch=max_batch, max_queue=max_queue, prefill_chunk=prefill_chunk,
                          max_prefill_tokens=max_prefill_tokens)  # fmt: skip
+        require_vocabulary("Engine", model)
         check_cache(model, cache)
         self._model, self._max_batch, self._max_queue, self._cache = model, max_batch, max_queue, cache
         self._prefill_chunk, self._max_prefill_tokens = prefill_chunk, max_prefill_tokens

@@ -224,7 +224,7 @@ def causal_conv1d(x, weight, bias, silu, initial_state, bounds):
     """y (rows,d) and final_state (s,d,w-1) float32. x (rows,d) with unit stride in d; the rest contiguous float32."""
     (total, d), w, sequences = x.shape, weight.shape[1], bounds.numel() - 1
     y, final_state = torch.empty(total, d, dtype=x.dtype), torch.empty(sequences, d, w - 1)
-    longest = total // sequences if sequences == 1 or total == 0 else int(bounds.diff().max())
+    longest = total // max(1, sequences) if sequences == 1 or total == 0 else int(bounds.diff().max())
     chunks = max(1, -(-longest // CHUNK))
     launch.launch(conv_forward, launch.STORAGE[x.dtype], sequences * chunks, [
         *map(address, (x, y)), x.stride(0), d, *map(address, (weight, bias, initial_state, final_state, bounds)),

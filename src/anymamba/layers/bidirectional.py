@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.padding import pack, unpack
+from anymamba.ids import as_tensor
+from anymamba.layers.irregular import check_gaps
+from anymamba.padding import as_offsets, pack, unpack
+from anymamba.registration import bounds
 
 MERGES = ("sum", "concat")
 
@@ -20,9 +23,11 @@ class Bidirectional(nn.Module):
         anticausal: the one for the other direction; None shares the weights of the first.
         merge: "sum" of both outputs (b,t,m), or "concat" (b,t,2m), the causal one first.
 
-    With merge="sum" it can take the place of a Block's mixer. There is no state: what comes later would change it.
-    Raises AnymambaError for an unknown merge.
+    With merge="sum" it can take the place of a Block's mixer. There is no state: what comes later would change it, and
+    a MambaLM that holds one gives none, takes none and does not generate. Raises AnymambaError for an unknown merge.
     """
+
+    keeps_state = False
 
     def __init__(self, causal: nn.Module, anticausal: nn.Module | None = None, merge: str = "sum"):
         super().__init__()
@@ -41,14 +46,23 @@ class Bidirectional(nn.Module):
                 comes after it forwards, and the first sample's gap is the last one's.
             lengths: (b,) samples of each row; the others, on the right, are padding, and y is 0 there.
 
-        Raises AnymambaError if a state is given or asked for, or lengths and cu_seqlens both.
+        Raises AnymambaError if a state is given or asked for, or lengths and cu_seqlens both, and for any of them that
+        does not fit.
         """
         if state is not None or return_states is not None:
             raise AnymambaError("a bidirectional layer has no state to go on from: give it whole sequences")
+        if u.dim() != 3 or not u.is_floating_point():
+            raise AnymambaError(f"u is {tuple(u.shape)} {u.dtype}, but must be real numbers (batch, seqlen, d_model)")
+        if lengths is not None and cu_seqlens is not None:
+            raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
+        if cu_seqlens is not None:
+            cu_seqlens = as_offsets(cu_seqlens, u.shape[0])
+            cu_seqlens = cu_seqlens if torch.compiler.is_compiling() else bounds(cu_seqlens, u, None)
+        if delta is not None:
+            delta = as_tensor(delta, "delta").to(u.device)
+            check_gaps(delta, u.shape[:2])
         if lengths is None:
             return self._both(u, cu_seqlens, delta), None
-        if cu_seqlens is not None:
-            raise AnymambaError("give lengths (padded rows) or cu_seqlens (rows end to end), not both")
         packed, cu_seqlens, index = pack(u, lengths, "right")
         delta = None if delta is None else delta.reshape(1, -1).index_select(1, index)
         return unpack(self._both(packed, cu_seqlens, delta), index, *u.shape[:2]), None
@@ -61,6 +75,16 @@ class Bidirectional(nn.Module):
         behind, _ = anticausal(u.index_select(1, mirror), None, cu_seqlens, None, **back)
         behind = behind.index_select(1, mirror)
         return ahead + behind if self.merge == "sum" else torch.cat([ahead, behind], -1)
+
+    @property
+    def config(self):
+        """That of the causal mixer."""
+        return self.causal.config
+
+    def flops_per_token(self) -> int:
+        """Of both directions; see `MambaLM.flops_per_token`."""
+        other = self.causal if self.anticausal is None else self.anticausal
+        return self.causal.flops_per_token() + other.flops_per_token()
 
     def extra_repr(self) -> str:
         return f"merge={self.merge!r}, shared={self.anticausal is None}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
 from anymamba.layers.linear import Linear
+from anymamba.padding import as_lengths
 
 POOLS = ("last", "mean", "attention")
 
@@ -30,9 +31,13 @@ class Patches(nn.Module):
         self.projection = Linear(size * f, m, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """x (b,t,f), `lengths` (b,) samples of each row: the others, on the right, count as 0, whatever they hold."""
+        """x (b,t,f), `lengths` (b,) samples of each row: the others, on the right, count as 0, whatever they hold.
+
+        Raises AnymambaError for features or lengths that do not fit.
+        """
+        _check(x, self.projection.in_features // self.size)
         if lengths is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            padding = torch.arange(x.shape[1], device=x.device) >= _lengths(lengths, x)[:, None]
             x = x.masked_fill(padding[..., None], 0)
         if self.size > 1:
             x = F.pad(x, (0, 0, self.size - self.stride, -x.shape[1] % self.stride))
@@ -57,14 +62,18 @@ class Pool(nn.Module):
         if kind not in POOLS:
             raise AnymambaError(f"pool={kind!r} does not exist: choose one of {', '.join(POOLS)}, or None for "
                                 "an output at every step")  # fmt: skip
-        self.kind = kind
+        self.kind, self.m = kind, m
         if kind == "attention":
             self.query = nn.Parameter(torch.zeros(m, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """x (b,t,m), `lengths` (b,) steps of each row, the others on the right are padding."""
+        """x (b,t,m), `lengths` (b,) steps of each row, the others on the right are padding.
+
+        Raises AnymambaError for vectors or lengths that do not fit.
+        """
+        _check(x, self.m)
         b, t, _ = x.shape
-        lengths = torch.full((b,), t, device=x.device) if lengths is None else lengths
+        lengths = torch.full((b,), t, device=x.device) if lengths is None else _lengths(lengths, x)
         if self.kind == "last":
             rows = x[torch.arange(b, device=x.device), (lengths - 1).clamp(min=0)]
             return rows.masked_fill((lengths == 0)[:, None], torch.nan)
@@ -78,3 +87,14 @@ class Pool(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.kind)
+
+
+def _check(x, f):
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != f or not x.is_floating_point():
+        raise AnymambaError(f"x is {tuple(x.shape)} {x.dtype}, but must be real numbers (batch, seqlen ≥ 1, {f})")
+
+
+def _lengths(lengths, x):
+    """Checked, except on a GPU, where looking would stop it."""
+    seen = isinstance(lengths, Tensor) and lengths.device.type != "cpu"
+    return lengths if seen else as_lengths(lengths, *x.shape[:2], x.device)

@@ -13,6 +13,7 @@ from anymamba.layers.inner import mamba_inner, takes
 from anymamba.layers.irregular import gap_steps
 from anymamba.layers.linear import Linear, StepProjection
 from anymamba.layers.norm import inner_norm
+from anymamba.layers.sequence import checked_input
 from anymamba.ops import causal_conv1d, selective_scan
 from anymamba.state import LayerState, places
 
@@ -51,7 +52,9 @@ class MambaMixer(ExactParameters):
 
         With return_states = k the LayerState holds those after every k tokens and the last: (b,p,…), p = ⌈t/k⌉.
         delta (b,t) are the gaps in time between each sample and the one before, see `layers.irregular.gap_steps`.
+        Raises AnymambaError for what does not fit.
         """
+        cu_seqlens = checked_input(u, cu_seqlens, self.config)
         conv_state, ssm_state = state if state is not None else (None, None)
         xz = self.in_proj(u)
         if return_states is None and delta is None and takes(self, xz):  # the same with gradients joined, for training

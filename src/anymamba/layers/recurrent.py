@@ -30,6 +30,8 @@ class RecurrentMixer(SequenceMixer):
 
     def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.read`."""
+        if u.shape[1] == 0:  # torch knows no empty rows
+            return u, state
         dtype = self.cell.weight_hh_l0.dtype
         before = tuple(v.to(dtype)[None].contiguous() for v in state.ssm.unbind(-1))
         with torch.autocast(u.device.type, enabled=False):  # a recurrence in 16 bits adds up its errors
@@ -37,7 +39,7 @@ class RecurrentMixer(SequenceMixer):
             y, after = self.cell(u.to(dtype), h) if lengths is None else self._padded(u.to(dtype), h, lengths)
         after = after if self.config.mixer == "lstm" else (after,)
         ssm = torch.stack([v.squeeze(0) for v in after], -1).to(state.ssm.dtype)
-        if lengths is not None:  # torch knows no empty rows
+        if lengths is not None:
             ssm = torch.where((lengths > 0)[:, None, None], ssm, state.ssm)
         return self.out_proj(y), LayerState(state.conv, ssm)
 

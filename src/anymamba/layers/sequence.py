@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.errors import AnymambaError
-from anymamba.padding import unpack
+from anymamba.layers.irregular import check_gaps
+from anymamba.padding import as_offsets, unpack
 from anymamba.registration import check_bounds
 from anymamba.state import LayerState, places
 
@@ -28,11 +29,17 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
-                return_states: int | None = None):  # fmt: skip
+                return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip
         """u (b,t,m) → y (b,t,m) and the new LayerState, one row a sequence. Arguments as `MambaMixer.forward` has them.
 
-        Raises AnymambaError for a state or cu_seqlens that do not fit.
+        Raises AnymambaError for u, a state or cu_seqlens that do not fit, return_states with cu_seqlens, and for gaps
+        delta, which only Mamba knows.
         """
+        cu_seqlens = checked_input(u, cu_seqlens, self.config)
+        if return_states is not None and cu_seqlens is not None:
+            raise AnymambaError("return_states with cu_seqlens: read the sequences one by one for states within them")
+        if delta is not None:
+            check_gaps(delta, u.shape[:2], self.config.mixer)
         rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self._checked(state, u, rows)
         if cu_seqlens is not None:
@@ -80,3 +87,11 @@ class SequenceMixer(nn.Module):
             raise AnymambaError(f"mixer {c.mixer!r}: the state is conv {got[0]}, ssm {got[1]}, but this input needs "
                                 f"{shapes[0]} and {shapes[1]}: one row a sequence")  # fmt: skip
         return LayerState(state[0], state[1].to(real))
+
+
+def checked_input(u: Tensor, cu_seqlens: Tensor | None, config: MambaConfig) -> Tensor | None:
+    """`cu_seqlens` as a tensor. Raises AnymambaError unless u is real numbers (b,t,m), one row if there are offsets."""
+    if u.dim() != 3 or u.shape[2] != config.d_model or not u.is_floating_point():
+        got = f"u is {tuple(u.shape)} {u.dtype}"
+        raise AnymambaError(f"{got}, but must be real numbers (batch, seqlen, d_model = {config.d_model})")
+    return None if cu_seqlens is None else as_offsets(cu_seqlens, u.shape[0])

@@ -15,7 +15,7 @@ u_k is the input over the step that ends at k. With z = Δ A (a diagonal A eleme
 "Stable" is where abs(A_bar) ≤ 1 for every eigenvalue: the recurrence forgets, or keeps, but does not blow up.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,21 +37,43 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor | float, rule: str = "zoh", *, d
     Args:
         A: (…,n), the diagonal of the state matrix, or (…,n,n) if `dense`; real or complex; it may be singular.
         B: (…,n) as A, or (…,n,inputs) if `dense`.
-        dt: a number or a tensor: one that broadcasts with a diagonal A, or (…) of a dense one.
+        dt: a number or a tensor: one that broadcasts with a diagonal A, or (…) of a dense one. No step at 0, and a
+            negative one goes back in time.
 
-    Differentiable in all three. Raises ValueError for a rule that does not exist and shapes that do not fit.
+    A, B and dt may be arrays and lists too, and whole numbers become real ones. Differentiable in all three. Values are
+    not looked at: what is NaN stays so. Raises ValueError for a rule that does not exist, shapes that do not fit, and a
+    dense A that has no bilinear step.
     """
     if rule not in RULES:
         raise ValueError(f"discretize: rule={rule!r} does not exist: choose one of {', '.join(RULES)}")
+    A, B = _tensor("A", A), _tensor("B", B)
+    dt = dt if isinstance(dt, (int, float)) else _tensor("dt", dt)
     if dense and (A.dim() < 2 or A.shape[-1] != A.shape[-2] or B.dim() < 2 or B.shape[-2] != A.shape[-1]):
         raise ValueError(f"discretize: A is {tuple(A.shape)} and B {tuple(B.shape)}, but dense ones are (…,n,n) and "
                          "(…,n,inputs): leave `dense` out for a diagonal A")  # fmt: skip
     if not dense and A.shape[-1:] != B.shape[-1:]:
         raise ValueError(f"discretize: A is {tuple(A.shape)} and B {tuple(B.shape)}, but a diagonal A and B have the "
                          "same last axis: dense=True for matrices (…,n,n) and (…,n,inputs)")  # fmt: skip
-    if dense and isinstance(dt, Tensor):
-        dt = dt[..., None, None]
+    sizes = [v.shape[:-2] if dense else v.shape for v in (A, B)] + [dt.shape if isinstance(dt, Tensor) else ()]
+    try:
+        torch.broadcast_shapes(*sizes)
+    except RuntimeError:
+        raise ValueError(f"discretize: A is {tuple(A.shape)}, B {tuple(B.shape)}, dt {tuple(sizes[2])}, but they must "
+                         "broadcast, for dense ones the axes before the matrices: dt[:, None] gives each row of a "
+                         "diagonal A its own step") from None  # fmt: skip
+    if dense:
+        number = torch.promote_types(A.dtype, B.dtype)  # linear algebra takes matrices of one type
+        A, B, dt = A.to(number), B.to(number), dt[..., None, None] if isinstance(dt, Tensor) else dt
     return RULES[rule](A, B, dt, dense=dense)
+
+
+def _tensor(name: str, v: Any) -> Tensor:
+    """A real or complex tensor. Raises ValueError for what makes none."""
+    try:
+        v = torch.as_tensor(v)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"discretize: {name} is a {type(v).__name__} that makes no tensor ({error})") from None
+    return v if v.is_floating_point() or v.is_complex() else v.to(torch.get_default_dtype())
 
 
 # ---- the rules -------------------------------------------------------------------------------------------------
@@ -80,18 +102,24 @@ def mamba(A, B, dt, *, dense=False):
 
 def bilinear(A, B, dt, *, dense=False):
     """Tustin's rule (S4, arXiv 2111.00396, equation 3): the implicit trapezoidal rule with the input held. Stable for
-    Re z ≤ 0; but A_bar → -1 for z → -∞: modes that fall fast alternate in sign and stay. Fails at z = 2 only."""
+    Re z ≤ 0; but A_bar → -1 for z → -∞: modes that fall fast alternate in sign and stay. An unstable mode
+    of z = 2 exactly has no step: infinite for a diagonal A, a ValueError for a dense one."""
     if not dense:
         return _diagonal(A, B, dt, "bilinear")
     half, one = dt * A / 2, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return Discrete(torch.linalg.solve(one - half, one + half), torch.linalg.solve(one - half, dt * B))
+    try:
+        return Discrete(torch.linalg.solve(one - half, one + half), torch.linalg.solve(one - half, dt * B))
+    except torch.linalg.LinAlgError:
+        raise ValueError("discretize: 2 is an eigenvalue of dt·A, where the rule bilinear has no step: take another dt "
+                         "or rule") from None  # fmt: skip
 
 
 def euler(A, B, dt, *, dense=False):
     """Forward Euler: one slope for the whole step. Stable in the disc |1 + z| ≤ 1: for a real A, Δ ≤ 2 / |A|; an
     undamped oscillation (Re z = 0) always grows."""
-    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return Discrete(one + dt * A, dt * B) if dense else _diagonal(A, B, dt, "euler")
+    if not dense:
+        return _diagonal(A, B, dt, "euler")
+    return Discrete(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) + dt * A, dt * B)
 
 
 def trapezoidal(A, B, dt, *, dense=False):

@@ -92,7 +92,7 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=64):
         y, h = chunked(x[:, : t - t % c], A_bar, B_bar, C, h, chunk_size=c)
         end, h = chunked(x[:, t - t % c :], A_bar, B_bar, C, h, chunk_size=c)
         return torch.cat([y, end], 1), h
-    if t == 0:
+    if x.numel() == 0:
         return x, h
     c = min(c, t)
     power = powers(A_bar, c + 1)  # (d,n,c+1)

@@ -24,9 +24,7 @@ class TrainConfig:
     # text
     data: tuple[str, ...] | None = None  # files and folders to read; Python's standard library if none
     field: str = "text"  # where a JSONL object or a Parquet row keeps its text
-    tokenizer: str | None = (
-        None  # "bytes", a tokenizer.json, or a folder that holds one; bytes, or that of --init, if none
-    )
+    tokenizer: str | None = None  # "bytes", a tokenizer.json, or its folder; bytes, or that of --init, if none
     holdout: float = 0.1  # share of the text that is not trained on but measured
     tokens: str | None = None  # folder of the tokenised text, to share among runs; RUN/tokens if none
 
@@ -41,6 +39,9 @@ class TrainConfig:
     mixer: str | None = None  # what mixes along time: mamba, s4d, rnn, gru, lstm
     selective: str | None = None  # which of B, C and dt depend on the input: "B,C,dt"; "" for none
     discretization: str | None = None  # mamba, zoh, bilinear, euler
+    gate: bool = True  # multiply what the mixer gives by a gate
+    use_conv: bool = True  # the convolution before the SSM
+    s4d_init: str | None = None  # what A of S4D begins as: lin, inv, real, legs
 
     # fine-tuning
     init: str | None = None  # folder of a run or model to go on from, in place of a new model
@@ -158,7 +159,8 @@ class TrainConfig:
         return cls(**(values | lists))
 
 
-_SIZES = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank", "mixer", "selective", "discretization")
+_SIZES = ("d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank", "mixer", "selective", "discretization",
+          "gate", "use_conv", "s4d_init")  # fmt: skip
 _WHOLE = ("lora_rank", "batch_size", "seqlen", "accumulate", "steps", "eval_every", "sample_every", "save_every",
           "keep", "eval_tokens", "final_tokens", "sample_tokens")  # fmt: skip
 
