@@ -18,6 +18,9 @@ from anymamba.train import TrainConfig, load_run, resume, train
 
 SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
 CASES = {
+    "s4": {"mixer": "s4", "d_state": 6, "discretization": "bilinear"},
+    "s4-bare": {"mixer": "s4", "gate": False, "use_conv": False, "d_state": 2, "discretization": "zoh"},
+    "s4-mamba": {"mixer": "s4", "bias": True},
     "s4d": {"mixer": "s4d", "d_state": 6, "discretization": "zoh"},
     "s4d-bare": {"mixer": "s4d", "gate": False, "use_conv": False, "s4d_init": "legs", "discretization": "bilinear"},
     "rnn": {"mixer": "rnn"},
@@ -164,7 +167,7 @@ def test_16_bits(name):
     """The SSM's own parameters and the states stay in float32."""
     m = make(name, torch.float32)
     low, ids = copy.deepcopy(m).bfloat16(), tokens(2, 40)
-    own = [v for n, v in low.named_parameters() if n.rpartition(".")[2] in ("A_log", "A_imag", "B", "C", "D", "log_dt",
+    own = [v for n, v in low.named_parameters() if n.rpartition(".")[2] in ("A_log", "A_imag", "P", "B", "C", "D", "log_dt",
                                                                             "dt_bias")]  # fmt: skip
     assert all(v.dtype == torch.float32 for v in own)
     out, want = low(ids), m(ids)
@@ -188,7 +191,9 @@ def test_numbers_of_parameters(name):
         want = gates * d * (m + d + 2) + d * m + bias
     else:
         want = (1 + c.gate) * d * (m + c.bias) + c.use_conv * d * (w + 1) + d + d * m + bias  # + D
-        if c.mixer == "s4d":
+        if c.mixer == "s4":
+            want += 2 * d * n // 2 + 3 * d * n + d
+        elif c.mixer == "s4d":
             want += 2 * d * n // 2 + d * n + d
         else:
             on = c.selects
@@ -254,7 +259,7 @@ def test_mixers_alone_refuse_states_that_do_not_fit(name):
 
 
 def test_weight_decay_spares_constants():
-    for name in ("none", "s4d"):
+    for name in ("none", "s4", "s4d"):
         model = make(name)
         decayed, free = (group["params"] for group in model.param_groups(0.1))
         names = {id(p): n.rpartition("mixer.")[2] for n, p in model.named_parameters()}
@@ -273,7 +278,7 @@ def test_quantised_and_adapted():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"mixer": "mamba3"}, "one of mamba, s4d, rnn, lstm, gru"),
+    ({"mixer": "mamba3"}, "one of mamba, s4, s4d, rnn, lstm, gru"),
     ({"selective": "A"}, 'some of B, C and dt with commas between'),
     ({"selective": "B,B"}, 'some of B, C and dt'),
     ({"selective": ("B",)}, 'some of B, C and dt'),
@@ -297,7 +302,7 @@ def test_selective_has_one_spelling():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mixer": "s4d"}, {"mixer": "lstm"}, {"selective": "B"}, {"discretization": "zoh"}]
+    "changes", [{"mixer": "s4", "discretization": "bilinear"}, {"mixer": "s4d"}, {"mixer": "lstm"}, {"selective": "B"}, {"discretization": "zoh"}]
 )
 def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_path):
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
@@ -314,7 +319,7 @@ def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_pa
     assert all(same)
 
 
-@pytest.mark.parametrize("name", ["s4d", "s4d-bare", "rnn", "lstm", "gru"])
+@pytest.mark.parametrize("name", ["s4", "s4-bare", "s4d", "s4d-bare", "rnn", "lstm", "gru"])
 def test_packed_side_by_side_is_one_by_one(name, monkeypatch):
     """Outputs, states and gradients of sequences of similar lengths, one empty, that go on from states."""
     torch.manual_seed(0)

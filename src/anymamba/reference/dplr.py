@@ -1,0 +1,93 @@
+"""S4's state matrix, diagonal plus low rank: A = diag(L) - P P* (arXiv 2111.00396, section 3).
+
+HiPPO-LegS has eigenvectors that are all but parallel, so no computer can make it diagonal. What is left without a matrix
+of rank one, P P*, can be. Every inverse that S4 needs is then that of a diagonal E and one correction (Woodbury):
+
+    (E + s P P*)⁻¹ v = E⁻¹ v - E⁻¹ P · s (P* E⁻¹ v) / (1 + s P* E⁻¹ P)
+
+so that a step costs O(n), and the kernel of the convolution a few sums over n at each of its frequencies, no powers of A.
+L, P, B, C (…,n) are complex, in the basis where the normal part is diagonal; `hippo.normal_plus_low_rank` makes them.
+
+The same model in real numbers, which a layer learns: a pair of conjugates -a ± iω is a block [[-a, -ω], [ω, -a]] of A,
+acting on real and imaginary part. Half of the pairs alone, as S4D keeps, would not do: P couples each with all others.
+
+Axes: b batch, t time, n state, l frequencies of the kernel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from anymamba.reference import hippo
+
+# ---- in steps --------------------------------------------------------------------------------------------------
+
+
+def solve(E: Tensor, P: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """(diag(E) + s P P*)⁻¹ v by Woodbury: E, P, v (…,n), s (…,1); O(n)."""
+    share = s * (P.conj() * v / E).sum(-1, keepdim=True) / (1 + s * (P.conj() * P / E).sum(-1, keepdim=True))
+    return (v - share * P) / E
+
+
+def step(h: Tensor, x: Tensor, L: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Tensor:
+    """The state after one input x (…), by the bilinear rule, in O(n): h, L, P, B (…,n), dt (…).
+
+    (1 - Δ/2 A) h_new = (1 + Δ/2 A) h + Δ B x (equation 3).
+    """
+    half = dt[..., None] / 2
+    right = (1 + half * L) * h - half * P * (P.conj() * h).sum(-1, keepdim=True) + 2 * half * B * x[..., None]
+    return solve(1 - half * L, P, half, right)
+
+
+def bilinear(L: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """A_bar (…,n,n) and B_bar (…,n) as matrices: what `step` does to each unit vector, and to the input 1."""
+    one, zero = torch.eye(L.shape[-1], dtype=L.dtype), torch.zeros_like(dt)
+    L, P, B = L[..., None, :], P[..., None, :], B[..., None, :]
+    rows = step(one, zero[..., None], L, P, B, dt[..., None])
+    return rows.mT, step(torch.zeros_like(L), zero[..., None] + 1, L, P, B, dt[..., None])[..., 0, :]
+
+
+# ---- as a convolution ------------------------------------------------------------------------------------------
+
+
+def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    """K_k = C A_bar^k B_bar for k < length, (…,length) complex: L, P, B, C (…,n), dt (…). Section 3.2, appendix C.3.
+
+    The sum Σ K_k z^k, cut off at `length`, is C (1 - A_bar^length) (1 - z A_bar)⁻¹ B_bar at each z with z^length = 1, and
+    these sums are K's Fourier transform. With the bilinear rule put in, the inverse is
+
+        ((1 - z) - (1 + z) Δ/2 A)⁻¹ Δ B
+
+    diagonal plus low rank again: four sums over n for each z, each a product with a Cauchy matrix 1 / E. The paper
+    divides by 1 + z as well, which is 0 at z = -1. It learns C (1 - A_bar^length) itself, and so never needs that power.
+    """
+    A_bar, _ = bilinear(L, P, B, dt)
+    C = C - (C[..., None, :] @ torch.linalg.matrix_power(A_bar, length))[..., 0, :]
+    z = torch.exp(-2j * math.pi * torch.arange(length, dtype=dt.dtype) / length).to(L.dtype)[:, None]  # (l,1)
+    L, P, B, C, dt = L[..., None, :], P[..., None, :], B[..., None, :], C[..., None, :], dt[..., None, None]
+    half = (1 + z) * dt / 2
+    at_each_z = (C * solve(1 - z - half * L, P, half, dt * B)).sum(-1)
+    return torch.fft.ifft(at_each_z)
+
+
+# ---- in real numbers -------------------------------------------------------------------------------------------
+
+
+def legs(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """HiPPO-LegS for an even n: a, ω (n/2,), P, B (n,), all real: A = `matrix(a, ω, P)`. The basis stays orthogonal."""
+    pairs = slice(n // 2, n)  # those with ω > 0, of eigenvalues in rising order
+    L, P, B, _ = hippo.normal_plus_low_rank(n)
+    P, B = (math.sqrt(2) * torch.view_as_real(v[pairs].resolve_conj()).flatten() for v in (P, B))
+    return -L.real[pairs], L.imag[pairs], P, B
+
+
+def matrix(a: Tensor, omega: Tensor, P: Tensor) -> Tensor:
+    """A (…,n,n): blocks [[-a, -ω], [ω, -a]] on the diagonal, minus P Pᵀ; a, ω (…,n/2), P (…,n).
+
+    Stable whatever P and ω are, as long as a > 0: A + Aᵀ = -2 (a + P Pᵀ) is negative definite, so |h| can only fall.
+    """
+    blocks = torch.stack([torch.stack([-a, -omega], -1), torch.stack([omega, -a], -1)], -2)  # (…,n/2,2,2)
+    pairs = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    normal = torch.einsum("...pij,pq->...piqj", blocks, pairs).flatten(-4, -3).flatten(-2)
+    return normal - P[..., :, None] * P[..., None, :]
