@@ -27,8 +27,12 @@ class S4Mixer(S4DMixer):
     def _ssm(self, x, state, lengths):
         own = self.A_log.exp(), self.A_imag, self.P, self.B, self.C, self.D, self.log_dt.exp()
         a, omega, P, B, C, D, dt = (v.to(x.dtype) for v in own)
-        A_bar, B_bar, _ = discretize(dplr.matrix(a, omega, P), B[..., None], dt, self.config.discretization, dense=True)
-        y, after = dense.chunked(x, A_bar, B_bar[..., 0], C, state.to(x.dtype), lengths)
+        if (rule := self.config.discretization) == "bilinear":
+            A_bar, B_bar = dplr.bilinear_real(a, omega, P, B, dt)
+        else:
+            A_bar, B_bar, _ = discretize(dplr.matrix(a, omega, P), B[..., None], dt, rule, dense=True)
+            B_bar = B_bar[..., 0]
+        y, after = dense.chunked(x, A_bar, B_bar, C, state.to(x.dtype), lengths)
         return y + D * x, after
 
     def _ssm_flops(self):

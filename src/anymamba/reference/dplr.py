@@ -87,7 +87,22 @@ def matrix(a: Tensor, omega: Tensor, P: Tensor) -> Tensor:
 
     Stable whatever P and ω are, as long as a > 0: A + Aᵀ = -2 (a + P Pᵀ) is negative definite, so |h| can only fall.
     """
-    blocks = torch.stack([torch.stack([-a, -omega], -1), torch.stack([omega, -a], -1)], -2)  # (…,n/2,2,2)
-    pairs = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    normal = torch.einsum("...pij,pq->...piqj", blocks, pairs).flatten(-4, -3).flatten(-2)
-    return normal - P[..., :, None] * P[..., None, :]
+    return _blocks(-a, omega) - P[..., :, None] * P[..., None, :]
+
+
+def bilinear_real(a: Tensor, omega: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """A_bar (…,n,n) and B_bar (…,n) of `matrix(a, ω, P)`: blocks have blocks for inverses, and Woodbury does the rest."""
+    half = dt[..., None] / 2
+    size = (1 + half * a).square() + (half * omega).square()
+    E = _blocks((1 + half * a) / size, half * omega / size)  # the inverse of 1 - Δ/2 A but for P
+    left, right = (E @ P[..., None]), (P[..., None, :] @ E)
+    inverse = E - left * right / (1 / half[..., None] + P[..., None, :] @ left)
+    one = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    return 2 * inverse - one, dt[..., None] * (inverse @ B[..., None])[..., 0]  # (1 + z) / (1 - z) = 2 / (1 - z) - 1
+
+
+def _blocks(real, imaginary):
+    """(…,n,n) that multiplies as the n/2 complex numbers do: [[real, -imaginary], [imaginary, real]]."""
+    blocks = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], -2)
+    pairs = torch.eye(real.shape[-1], dtype=real.dtype, device=real.device)
+    return torch.einsum("...pij,pq->...piqj", blocks, pairs).flatten(-4, -3).flatten(-2)
