@@ -45,7 +45,7 @@ def forms(x, A, dt, C):
 
 
 def parameters(report):
-    for mixer in ("mamba", "s4d", "rnn", "gru", "lstm"):
+    for mixer in ("mamba", "s4", "s4d", "rnn", "gru", "lstm"):
         count = sum(p.numel() for p in Block(MambaConfig(d_model=d, mixer=mixer)).parameters())
         report.add(f"parameters of a block, {mixer}", f"{count:9,}   d_model={d}, all else default", parameters=count)
 

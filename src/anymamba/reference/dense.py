@@ -32,9 +32,7 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, lengths=None, *, chunk_size=
     c = 1
     while c < min(t, chunk_size):
         c *= 2
-    squares = [A_bar]  # A_bar, A_bar², A_bar⁴, …, A_bar^c
-    while 2 ** len(squares) <= c:
-        squares.append(squares[-1] @ squares[-1])
+    squares = _squares(A_bar, c)
     written = _powers(B_bar, [v.mT for v in squares[:-1]])  # (d,c,n): A_bar^k B_bar, what an input leaves k steps later
     read = _powers((C[:, None] @ A_bar)[:, 0], squares[:-1])  # (d,c,n): C A_bar^(k+1), what is read of the state before
     K = (written @ C[..., None])[..., 0]  # (d,c)
@@ -49,6 +47,16 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, lengths=None, *, chunk_size=
         return y, states[:, :, -1].transpose(0, 1)
     lengths = torch.full((b,), t, device=x.device) if lengths is None else lengths
     return y, _state_after(x, lengths, states, written, squares[:-1])
+
+
+def _squares(A_bar, c):
+    """A_bar, A_bar², A_bar⁴, …, A_bar^c, made in float64 as `lti.powers` has it."""
+    square = A_bar if A_bar.device.type == "mps" else A_bar.double()
+    found = [A_bar]
+    while 2 ** len(found) <= c:
+        square = square @ square
+        found.append(square.to(A_bar.dtype))
+    return found
 
 
 def _powers(v, squares):
