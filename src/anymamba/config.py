@@ -78,8 +78,8 @@ class MambaConfig:
                     raise AnymambaError(f"config: {name}={got!r} with mixer={self.mixer!r}, which has nothing that it "
                                         f"changes: leave it out, or take mixer={mixers[0]!r}")  # fmt: skip
         if self.mixer in ("s4", "s4d"):
-            _require("discretization", self.discretization, f"another than Euler's for mixer={self.mixer!r}, whose fast "
-                     "oscillations it would blow up", lambda v: v != "euler")  # fmt: skip
+            _require("discretization", self.discretization, f"another than Euler's for mixer={self.mixer!r}, whose "
+                     "fast oscillations it would blow up", lambda v: v != "euler")  # fmt: skip
             _require("d_state", self.d_state, f"even for mixer={self.mixer!r}, whose states are pairs of conjugates",
                      lambda v: v % 2 == 0)  # fmt: skip
 

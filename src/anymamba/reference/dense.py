@@ -1,4 +1,4 @@
-"""Time-invariant state-space models whose A_bar is a whole matrix, and real: h_t = A_bar h_{t-1} + B_bar x_t, y_t = C h_t.
+"""Time-invariant models h_t = A_bar h_{t-1} + B_bar x_t, y_t = C h_t whose A_bar is a whole matrix, all real.
 
 Axes: b batch, t time, d channels, n state, q c chunks and place in one.
 """

@@ -1,17 +1,17 @@
 """S4's state matrix, diagonal plus low rank: A = diag(L) - P P* (arXiv 2111.00396, section 3).
 
-HiPPO-LegS has eigenvectors that are all but parallel, so no computer can make it diagonal. What is left without a matrix
-of rank one, P P*, can be. Every inverse that S4 needs is then that of a diagonal E and one correction (Woodbury):
+The eigenvectors of HiPPO-LegS are all but parallel, so no computer can make it diagonal. Without a matrix of rank one,
+P P*, it can be. Every inverse that S4 needs is then that of a diagonal E and one correction, by Woodbury's identity:
 
     (E + s P P*)⁻¹ v = E⁻¹ v - E⁻¹ P · s (P* E⁻¹ v) / (1 + s P* E⁻¹ P)
 
-so that a step costs O(n), and the kernel of the convolution a few sums over n at each of its frequencies, no powers of A.
-L, P, B, C (…,n) are complex, in the basis where the normal part is diagonal; `hippo.normal_plus_low_rank` makes them.
+so a step costs O(n), and the kernel of the convolution a few sums over n at each of its frequencies. L, P, B, C (…,n) are
+complex, in the basis where A + P P* is diagonal; `hippo.normal_plus_low_rank` makes them.
 
-The same model in real numbers, which a layer learns: a pair of conjugates -a ± iω is a block [[-a, -ω], [ω, -a]] of A,
-acting on real and imaginary part. Half of the pairs alone, as S4D keeps, would not do: P couples each with all others.
+A layer learns the same in real numbers: a pair of conjugates -a ± iω is a block [[-a, -ω], [ω, -a]] of A, which acts on
+a real and an imaginary part. So nothing must keep two halves of a pair equal while P ties each pair to all others.
 
-Axes: b batch, t time, n state, l frequencies of the kernel.
+Axes: n state, l frequencies of the kernel.
 """
 
 import math
@@ -54,13 +54,13 @@ def bilinear(L: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tenso
 def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
     """K_k = C A_bar^k B_bar for k < length, (…,length) complex: L, P, B, C (…,n), dt (…). Section 3.2, appendix C.3.
 
-    The sum Σ K_k z^k, cut off at `length`, is C (1 - A_bar^length) (1 - z A_bar)⁻¹ B_bar at each z with z^length = 1, and
-    these sums are K's Fourier transform. With the bilinear rule put in, the inverse is
+    The Fourier transform of K are the sums Σ K_k z^k at the z with z^length = 1, and these are
 
-        ((1 - z) - (1 + z) Δ/2 A)⁻¹ Δ B
+        C (1 - A_bar^length) (1 - z A_bar)⁻¹ B_bar = C (1 - A_bar^length) ((1 - z) - (1 + z) Δ/2 A)⁻¹ Δ B
 
-    diagonal plus low rank again: four sums over n for each z, each a product with a Cauchy matrix 1 / E. The paper
-    divides by 1 + z as well, which is 0 at z = -1. It learns C (1 - A_bar^length) itself, and so never needs that power.
+    on the right with the bilinear rule put in. The inverse is one of diagonal plus low rank again: for each z four sums
+    over n, each a product with a Cauchy matrix 1 / E. The paper divides them by 1 + z, which is 0 at z = -1. It learns
+    C (1 - A_bar^length) in place of C, and so needs no power at all.
     """
     A_bar, _ = bilinear(L, P, B, dt)
     C = C - (C[..., None, :] @ torch.linalg.matrix_power(A_bar, length))[..., 0, :]
@@ -76,7 +76,7 @@ def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) 
 
 def legs(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """HiPPO-LegS for an even n: a, ω (n/2,), P, B (n,), all real: A = `matrix(a, ω, P)`. The basis stays orthogonal."""
-    pairs = slice(n // 2, n)  # those with ω > 0, of eigenvalues in rising order
+    pairs = slice(n // 2, n)  # one of each: ω > 0, as eigenvalues come in rising order
     L, P, B, _ = hippo.normal_plus_low_rank(n)
     P, B = (math.sqrt(2) * torch.view_as_real(v[pairs].resolve_conj()).flatten() for v in (P, B))
     return -L.real[pairs], L.imag[pairs], P, B
@@ -91,11 +91,11 @@ def matrix(a: Tensor, omega: Tensor, P: Tensor) -> Tensor:
 
 
 def bilinear_real(a: Tensor, omega: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """A_bar (…,n,n) and B_bar (…,n) of `matrix(a, ω, P)`: blocks have blocks for inverses, and Woodbury does the rest."""
+    """A_bar (…,n,n) and B_bar (…,n) of `matrix(a, ω, P)`: the inverse of blocks is blocks, and Woodbury does the rest."""
     half = dt[..., None] / 2
     size = (1 + half * a).square() + (half * omega).square()
     E = _blocks((1 + half * a) / size, half * omega / size)  # the inverse of 1 - Δ/2 A but for P
-    left, right = (E @ P[..., None]), (P[..., None, :] @ E)
+    left, right = E @ P[..., None], P[..., None, :] @ E
     inverse = E - left * right / (1 / half[..., None] + P[..., None, :] @ left)
     one = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     return 2 * inverse - one, dt[..., None] * (inverse @ B[..., None])[..., 0]  # (1 + z) / (1 - z) = 2 / (1 - z) - 1
