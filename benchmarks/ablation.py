@@ -5,8 +5,8 @@ are learned constants, trained alike (arXiv 2312.00752, section 4.6, the table o
         [--seqlen 256] [--heldout 131072] [--lr 3e-3] [--save]
 
 Variants: none B C dt all, those of the table and the default; no-gate no-conv; s4 s4d rnn gru lstm, of the same
-width, so look at their parameters. On a GPU if there is one. Equal steps, batches and learning rate for all; bits per byte on
-the held-out tenth of $ANYMAMBA_DATA's books, or of Python's own library.
+width, so look at their parameters. On a GPU if there is one. Equal steps, batches and learning rate for all; bits per
+byte on the held-out tenth of $ANYMAMBA_DATA's books, or of Python's own library.
 """
 
 import argparse

@@ -5,8 +5,8 @@ P P*, it can be. Every inverse that S4 needs is then that of a diagonal E and on
 
     (E + s P P*)⁻¹ v = E⁻¹ v - E⁻¹ P · s (P* E⁻¹ v) / (1 + s P* E⁻¹ P)
 
-so a step costs O(n), and the kernel of the convolution a few sums over n at each of its frequencies. L, P, B, C (…,n) are
-complex, in the basis where A + P P* is diagonal; `hippo.normal_plus_low_rank` makes them.
+so a step costs O(n), and the kernel of the convolution a few sums over n at each of its frequencies. L, P, B, C (…,n)
+are complex, in the basis where A + P P* is diagonal; `hippo.normal_plus_low_rank` makes them.
 
 A layer learns the same in real numbers: a pair of conjugates -a ± iω is a block [[-a, -ω], [ω, -a]] of A, which acts on
 a real and an imaginary part. So nothing must keep two halves of a pair equal while P ties each pair to all others.
@@ -91,7 +91,7 @@ def matrix(a: Tensor, omega: Tensor, P: Tensor) -> Tensor:
 
 
 def bilinear_real(a: Tensor, omega: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """A_bar (…,n,n) and B_bar (…,n) of `matrix(a, ω, P)`: the inverse of blocks is blocks, and Woodbury does the rest."""
+    """A_bar (…,n,n) and B_bar (…,n) of `matrix(a, ω, P)`: the inverse of blocks is blocks; Woodbury does the rest."""
     half = dt[..., None] / 2
     size = (1 + half * a).square() + (half * omega).square()
     E = _blocks((1 + half * a) / size, half * omega / size)  # the inverse of 1 - Δ/2 A but for P
