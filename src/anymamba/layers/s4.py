@@ -15,8 +15,8 @@ class S4Mixer(S4DMixer):
     """S4D with one more column: A = diag - P Pᵀ, in which each pair of conjugates acts on all others.
 
     Everything is real, as in `reference.dplr.matrix`: a = exp(A_log) and ω = A_imag are (d,n/2), P, B, C (d,n), and the
-    state (b,d,n). A is stable for every value that training may give them. For the bounded n of a layer whole matrices
-    n × n in chunks of time are faster than S4's transforms, and the state after any step comes with them.
+    state (b,d,n). A is stable for every value that training may give them. It is run in chunks of time, with matrices
+    n × n for each channel, not by S4's transforms: n is small, and so the state after any step is at hand.
     """
 
     def __init__(self, config: MambaConfig, device=None, dtype=None):
@@ -32,7 +32,7 @@ class S4Mixer(S4DMixer):
         else:
             A_bar, B_bar, _ = discretize(dplr.matrix(a, omega, P), B[..., None], dt, rule, dense=True)
             B_bar = B_bar[..., 0]
-        y, after = dense.chunked(x, A_bar, B_bar, C, state.to(x.dtype), lengths)
+        y, after = dense.chunked(x, A_bar, B_bar, C, state, lengths)
         return y + D * x, after
 
     def _ssm_flops(self):

@@ -41,11 +41,11 @@ def step(h: Tensor, x: Tensor, L: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> T
 
 
 def bilinear(L: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """A_bar (…,n,n) and B_bar (…,n) as matrices: what `step` does to each unit vector, and to the input 1."""
-    one, zero = torch.eye(L.shape[-1], dtype=L.dtype), torch.zeros_like(dt)
-    L, P, B = L[..., None, :], P[..., None, :], B[..., None, :]
-    rows = step(one, zero[..., None], L, P, B, dt[..., None])
-    return rows.mT, step(torch.zeros_like(L), zero[..., None] + 1, L, P, B, dt[..., None])[..., 0, :]
+    """A_bar (…,n,n) and B_bar (…,n) of that step: with z = Δ A, (1 + z/2) / (1 - z/2) = 2 / (1 - z/2) - 1."""
+    half, one = dt[..., None] / 2, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    E = 1 - half * L
+    columns = solve(E[..., None, :], P[..., None, :], half[..., None], one)  # of the inverse, one a row
+    return 2 * columns.mT - one, 2 * half * solve(E, P, half, B)
 
 
 # ---- as a convolution ------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) 
     """
     A_bar, _ = bilinear(L, P, B, dt)
     C = C - (C[..., None, :] @ torch.linalg.matrix_power(A_bar, length))[..., 0, :]
-    z = torch.exp(-2j * math.pi * torch.arange(length, dtype=dt.dtype) / length).to(L.dtype)[:, None]  # (l,1)
+    z = torch.exp(-2j * math.pi * torch.arange(length, dtype=dt.dtype, device=dt.device) / length)[:, None]  # (l,1)
     L, P, B, C, dt = L[..., None, :], P[..., None, :], B[..., None, :], C[..., None, :], dt[..., None, None]
     half = (1 + z) * dt / 2
     at_each_z = (C * solve(1 - z - half * L, P, half, dt * B)).sum(-1)
@@ -75,7 +75,7 @@ def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) 
 
 
 def legs(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """HiPPO-LegS for an even n: a, ω (n/2,), P, B (n,), all real: A = `matrix(a, ω, P)`. The basis stays orthogonal."""
+    """HiPPO-LegS for an even n: a, ω (n/2,), P, B (n,), A = `matrix(a, ω, P)`, all real, in an orthogonal basis."""
     pairs = slice(n // 2, n)  # one of each: ω > 0, as eigenvalues come in rising order
     L, P, B, _ = hippo.normal_plus_low_rank(n)
     P, B = (math.sqrt(2) * torch.view_as_real(v[pairs].resolve_conj()).flatten() for v in (P, B))
@@ -96,9 +96,10 @@ def bilinear_real(a: Tensor, omega: Tensor, P: Tensor, B: Tensor, dt: Tensor) ->
     size = (1 + half * a).square() + (half * omega).square()
     E = _blocks((1 + half * a) / size, half * omega / size)  # the inverse of 1 - Δ/2 A but for P
     left, right = E @ P[..., None], P[..., None, :] @ E
-    inverse = E - left * right / (1 / half[..., None] + P[..., None, :] @ left)
+    half = half[..., None]
+    inverse = E - half * left * right / (1 + half * (P[..., None, :] @ left))
     one = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    return 2 * inverse - one, dt[..., None] * (inverse @ B[..., None])[..., 0]  # (1 + z) / (1 - z) = 2 / (1 - z) - 1
+    return 2 * inverse - one, dt[..., None] * (inverse @ B[..., None])[..., 0]
 
 
 def _blocks(real, imaginary):
