@@ -83,7 +83,6 @@ def main():
     report.compare("compiled vs recurrence", times, "compiled", "recurrence", "≥ 20")
     report.compare("chunks vs recurrence", times, "chunks", "recurrence", "≥ 20")
     report.compare("Fourier vs recurrence", times, "Fourier", "recurrence", "≥ 20")
-    report.compare("S4 vs chunks of S4D", times, "S4", "chunks", "≥ 0.5")
     parameters(report)
     report.close()
 
