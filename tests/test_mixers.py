@@ -18,9 +18,8 @@ from anymamba.train import TrainConfig, load_run, resume, train
 
 SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
 CASES = {
-    "s4": {"mixer": "s4", "d_state": 6, "discretization": "bilinear"},
+    "s4": {"mixer": "s4", "d_state": 6, "bias": True, "discretization": "bilinear"},
     "s4-bare": {"mixer": "s4", "gate": False, "use_conv": False, "d_state": 2, "discretization": "zoh"},
-    "s4-mamba": {"mixer": "s4", "bias": True},
     "s4d": {"mixer": "s4d", "d_state": 6, "discretization": "zoh"},
     "s4d-bare": {"mixer": "s4d", "gate": False, "use_conv": False, "s4d_init": "legs", "discretization": "bilinear"},
     "rnn": {"mixer": "rnn"},
