@@ -4,10 +4,10 @@ are learned constants, trained alike (arXiv 2312.00752, section 4.6, the table o
     python benchmarks/ablation.py [VARIANT …] [--steps 1500] [--seeds 3] [--width 128] [--layers 4] [--batch 16]
         [--seqlen 256] [--heldout 131072] [--lr 3e-3] [--jobs 1] [--save]
 
-Variants: none B C dt all, those of the table and the default; no-gate no-conv; s4d rnn gru lstm, of the same width, so
-look at their parameters. Equal steps, batches and learning rate for all; bits per byte on the held-out tenth of
-$ANYMAMBA_DATA's books, or of Python's own library. On a GPU if there is one, --jobs runs at a time: small models leave
-most of it idle.
+Variants: none B C dt all, those of the table and the default; no-gate no-conv; s4 s4d rnn gru lstm, of the same
+width, so look at their parameters. Equal steps, batches and learning rate for all; bits per byte on the held-out tenth
+of $ANYMAMBA_DATA's books, or of Python's own library. On a GPU if there is one, --jobs runs at a time: small models
+leave most of it idle.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from real_text import SHARED
 VARIANTS = {
     "none": {"selective": ""}, "B": {"selective": "B"}, "C": {"selective": "C"}, "dt": {"selective": "dt"}, "all": {},
     "no-gate": {"gate": False}, "no-conv": {"use_conv": False},
-    "s4d": {"mixer": "s4d", "discretization": "zoh"}, "rnn": {"mixer": "rnn"}, "gru": {"mixer": "gru"},
-    "lstm": {"mixer": "lstm"},
+    "s4": {"mixer": "s4", "discretization": "bilinear"}, "s4d": {"mixer": "s4d", "discretization": "zoh"},
+    "rnn": {"mixer": "rnn"}, "gru": {"mixer": "gru"}, "lstm": {"mixer": "lstm"},
 }  # fmt: skip
 TABLE = ("none", "B", "C", "dt", "all")
 

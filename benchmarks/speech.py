@@ -1,6 +1,6 @@
 """Which digit was spoken, from the waveform at 8 kHz, no spectrogram: accuracy on the official test of `fsdd`.
 
-    python benchmarks/speech.py [--minutes 3] [--mixers mamba s4d gru] [--data FOLDER] [--quick] [--save]
+    python benchmarks/speech.py [--minutes 3] [--mixers mamba s4 s4d gru] [--data FOLDER] [--quick] [--save]
 
 Each mixer has the same number of parameters, the same training recordings (shifted, stretched, louder or softer, with
 noise) and the same time, on the GPU if there is one (autocast to bfloat16). Mamba reads recordings of any length packed
@@ -82,6 +82,8 @@ def build(mixer: str, parameters: int | None = None) -> SequenceModel:
 
     def make(d_model):
         extra = {} if mixer == "mamba" else {"mixer": mixer}
+        if mixer == "s4":
+            extra["discretization"] = "bilinear"
         return SequenceModel(MambaConfig(vocab_size=None, **SIZES | {"d_model": d_model} | extra), **HEARS)
 
     width = SIZES["d_model"]
@@ -146,7 +148,7 @@ class SpeechReport(Report):
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3, help="of training for each mixer")
-    parser.add_argument("--mixers", nargs="+", default=["mamba", "s4d", "gru"])
+    parser.add_argument("--mixers", nargs="+", default=["mamba", "s4", "s4d", "gru"])
     parser.add_argument("--data", type=Path, default=SHARED, help="the folder that holds fsdd")
     parser.add_argument("--quick", action="store_true", help="half a minute on a fifth of the recordings")
     parser.add_argument("--save", action="store_true", help="append the results to benchmarks/results/")

@@ -72,7 +72,7 @@ def test_the_page_on_evaluation(command, folder):
 def test_the_walk_from_ssm_to_mamba_runs_top_to_bottom():
     text = (REPO / "docs" / "from-ssm-to-mamba.md").read_text()
     blocks = examples("from-ssm-to-mamba")
-    assert len(blocks) == text.count("```python") == 6
+    assert len(blocks) == text.count("```python") == 7
     exec(compile("\n".join(blocks), "from-ssm-to-mamba.md", "exec"), {})
 
 

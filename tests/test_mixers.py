@@ -18,6 +18,8 @@ from anymamba.train import TrainConfig, load_run, resume, train
 
 SIZES = {"vocab_size": 23, "d_model": 16, "n_layer": 2}
 CASES = {
+    "s4": {"mixer": "s4", "d_state": 6, "bias": True, "discretization": "bilinear"},
+    "s4-bare": {"mixer": "s4", "gate": False, "use_conv": False, "d_state": 2, "discretization": "zoh"},
     "s4d": {"mixer": "s4d", "d_state": 6, "discretization": "zoh"},
     "s4d-bare": {"mixer": "s4d", "gate": False, "use_conv": False, "s4d_init": "legs", "discretization": "bilinear"},
     "rnn": {"mixer": "rnn"},
@@ -164,8 +166,8 @@ def test_16_bits(name):
     """The SSM's own parameters and the states stay in float32."""
     m = make(name, torch.float32)
     low, ids = copy.deepcopy(m).bfloat16(), tokens(2, 40)
-    own = [v for n, v in low.named_parameters() if n.rpartition(".")[2] in ("A_log", "A_imag", "B", "C", "D", "log_dt",
-                                                                            "dt_bias")]  # fmt: skip
+    exact = ("A_log", "A_imag", "P", "B", "C", "D", "log_dt", "dt_bias")
+    own = [v for n, v in low.named_parameters() if n.rpartition(".")[2] in exact]
     assert all(v.dtype == torch.float32 for v in own)
     out, want = low(ids), m(ids)
     assert out.logits.dtype == torch.bfloat16
@@ -188,7 +190,9 @@ def test_numbers_of_parameters(name):
         want = gates * d * (m + d + 2) + d * m + bias
     else:
         want = (1 + c.gate) * d * (m + c.bias) + c.use_conv * d * (w + 1) + d + d * m + bias  # + D
-        if c.mixer == "s4d":
+        if c.mixer == "s4":
+            want += 2 * d * n // 2 + 3 * d * n + d
+        elif c.mixer == "s4d":
             want += 2 * d * n // 2 + d * n + d
         else:
             on = c.selects
@@ -254,7 +258,7 @@ def test_mixers_alone_refuse_states_that_do_not_fit(name):
 
 
 def test_weight_decay_spares_constants():
-    for name in ("none", "s4d"):
+    for name in ("none", "s4", "s4d"):
         model = make(name)
         decayed, free = (group["params"] for group in model.param_groups(0.1))
         names = {id(p): n.rpartition("mixer.")[2] for n, p in model.named_parameters()}
@@ -272,7 +276,7 @@ def test_quantised_and_adapted():
     torch.testing.assert_close(adapter.model(ids).logits, want)
 
 
-@pytest.mark.parametrize("name", ["none", "s4d", "gru"])
+@pytest.mark.parametrize("name", ["none", "s4", "s4d", "gru"])
 def test_mixers_alone_refuse_input_that_does_not_fit(name):
     mixer, u = make(name).float().backbone.layers[0].mixer, torch.randn(2, 5, SIZES["d_model"])
     for bad in (u[0], u[..., :3], u.long()):
@@ -288,7 +292,7 @@ def test_mixers_alone_refuse_input_that_does_not_fit(name):
     torch.testing.assert_close(whole[:, 2:], mixer(u[:1, 2:])[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["none", "s4d", "gru"])
+@pytest.mark.parametrize("name", ["none", "s4", "s4d", "gru"])
 def test_nothing_to_read_changes_nothing(name):
     model = make(name).float()
     features = MambaLM(model.config.replace(vocab_size=None))
@@ -301,11 +305,14 @@ def test_nothing_to_read_changes_nothing(name):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"mixer": "mamba3"}, "one of mamba, s4d, rnn, lstm, gru"),
+    ({"mixer": "mamba3"}, "one of mamba, s4, s4d, rnn, lstm, gru"),
     ({"selective": "A"}, 'some of B, C and dt with commas between'),
     ({"selective": "B,B"}, 'some of B, C and dt'),
     ({"selective": ("B",)}, 'some of B, C and dt'),
     ({"mixer": "lstm", "gate": False}, "gate=False with mixer='lstm', which has nothing that it changes"),
+    ({"mixer": "s4", "d_state": 3}, "d_state=3, but it must be even for mixer='s4'"),
+    ({"mixer": "s4", "discretization": "euler"}, "another than Euler's for mixer='s4'"),
+    ({"mixer": "s4", "s4d_init": "legs"}, "s4d_init='legs' with mixer='s4'.*take mixer='s4d'"),
     ({"mixer": "s4d", "selective": "B"}, "selective='B' with mixer='s4d'.*take mixer='mamba'"),
     ({"s4d_init": "inv"}, "s4d_init='inv' with mixer='mamba'"),
     ({"mixer": "s4d", "s4d_init": "fout"}, "one of lin, inv, real, legs"),
@@ -327,6 +334,7 @@ def test_selective_has_one_spelling():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"mixer": "s4"},
         {"mixer": "s4d", "s4d_init": "legs", "use_conv": False},
         {"mixer": "lstm"},
         {"selective": "B", "gate": False},
@@ -348,11 +356,11 @@ def test_a_run_of_another_model_resumes_as_if_it_had_not_stopped(changes, tmp_pa
     assert all(same)
 
 
-@pytest.mark.parametrize("name", ["s4d", "s4d-bare", "rnn", "lstm", "gru"])
+@pytest.mark.parametrize("name", ["s4", "s4-bare", "s4d", "s4d-bare", "rnn", "lstm", "gru"])
 def test_packed_side_by_side_is_one_by_one(name, monkeypatch):
     """Outputs, states and gradients of sequences of similar lengths, one empty, that go on from states."""
     torch.manual_seed(0)
-    block = make(name).float().backbone.layers[0]
+    block = make(name).backbone.layers[0]
     lengths = [7, 0, 9, 8, 5]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     c = block.mixer.config
@@ -360,13 +368,14 @@ def test_packed_side_by_side_is_one_by_one(name, monkeypatch):
     for waste in (4, 0):
         monkeypatch.setattr(sequence, "WASTE", waste)
         torch.manual_seed(1)
-        u = torch.randn(1, sum(lengths), c.d_model, requires_grad=True)
-        state = LayerState(torch.randn(5, c.d_inner, c.conv_width, requires_grad=True),
-                           torch.randn(5, c.d_inner, c.state_width, requires_grad=True))  # fmt: skip
+        real = {"dtype": torch.float64, "requires_grad": True}
+        u = torch.randn(1, sum(lengths), c.d_model, **real)
+        state = LayerState(torch.randn(5, c.d_inner, c.conv_width, **real),
+                           torch.randn(5, c.d_inner, c.state_width, **real))  # fmt: skip
         y, after = block.mixer(u, state, bounds)
         total = y.square().sum() + after.ssm.cos().sum() + after.conv.cos().sum()
         leaves = [v for v in (u, *state, *block.mixer.parameters()) if v.numel()]
         gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         out.append([y, *after, *gradients])
     for together, alone in zip(*out, strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        assert_same(together, alone)

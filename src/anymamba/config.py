@@ -41,7 +41,7 @@ class MambaConfig:
     dt_init_floor: float = 1e-4  # … and at least this
     dt_scale: float = 1.0  # scale of dt_proj's initial weight
     initializer_range: float = 0.02  # standard deviation of the embedding
-    mixer: str = "mamba"  # what mixes along time: "mamba", "s4d", "rnn", "lstm", "gru"
+    mixer: str = "mamba"  # what mixes along time: "mamba", "s4", "s4d", "rnn", "lstm", "gru"
     selective: str = "B,C,dt"  # which of them depend on the input; the others are learned constants
     gate: bool = True  # multiply by silu(z)
     use_conv: bool = True  # the convolution before the SSM
@@ -77,10 +77,11 @@ class MambaConfig:
                 if self.mixer not in mixers and got != default:
                     raise AnymambaError(f"config: {name}={got!r} with mixer={self.mixer!r}, which has nothing that it "
                                         f"changes: leave it out, or take mixer={mixers[0]!r}")  # fmt: skip
-        if self.mixer == "s4d":
-            _require("discretization", self.discretization, "another than Euler's for mixer='s4d', whose fast "
-                     "oscillations it would blow up", lambda v: v != "euler")  # fmt: skip
-            _require("d_state", self.d_state, "even for mixer='s4d', whose state is complex", lambda v: v % 2 == 0)
+        if self.mixer in ("s4", "s4d"):
+            _require("discretization", self.discretization, f"another than Euler's for mixer={self.mixer!r}, whose "
+                     "fast oscillations it would blow up", lambda v: v != "euler")  # fmt: skip
+            _require("d_state", self.d_state, f"even for mixer={self.mixer!r}, whose states are pairs of conjugates",
+                     lambda v: v % 2 == 0)  # fmt: skip
 
     @property
     def d_inner(self) -> int:
@@ -141,9 +142,9 @@ class MambaConfig:
 
 
 SELECTIVE = ("B", "C", "dt")
-CONVOLVING = ("mamba", "s4d")
+CONVOLVING = ("mamba", "s4", "s4d")
 _CHOICES = {
-    "mixer": ("mamba", "s4d", "rnn", "lstm", "gru"),
+    "mixer": ("mamba", "s4", "s4d", "rnn", "lstm", "gru"),
     "discretization": DISCRETIZATIONS,
     "s4d_init": ("lin", "inv", "real", "legs"),
 }

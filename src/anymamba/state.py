@@ -24,8 +24,8 @@ EXTRA = "extra."  # begins the names of tensors in a file that are not of the st
 class LayerState(NamedTuple):
     """State of one layer: `conv` (b,d,w-1) its last inputs, (b,d,0) where nothing convolves, and `ssm` (b,d,n) float32.
 
-    What a mixer other than Mamba remembers is `ssm`, too: real and imaginary parts of S4D's n/2 numbers side by side,
-    h of an RNN or GRU (b,d,1), h and c of an LSTM (b,d,2).
+    What a mixer other than Mamba remembers is `ssm`, too: real and imaginary parts of S4D's n/2 numbers side by side
+    (S4's n are real), h of an RNN or GRU (b,d,1), h and c of an LSTM (b,d,2).
     """
 
     conv: Tensor

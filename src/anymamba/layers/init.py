@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from anymamba.config import MambaConfig
 from anymamba.layers.mamba import MambaMixer
 from anymamba.layers.recurrent import RecurrentMixer
+from anymamba.layers.s4 import S4Mixer
 from anymamba.layers.s4d import S4DMixer
+from anymamba.reference import dplr
 from anymamba.reference.hippo import DIAGONALS
 
 
@@ -21,6 +23,7 @@ def init_mixer(mixer: nn.Module, c: MambaConfig) -> None:
     | constant B, and C, in place of selective ones | 1, and N(0, 1) (S4D, arXiv 2206.11893, section 4.4) |
     | A_log, A_imag of S4D | the diagonal that `s4d_init` names, in every channel |
     | C of S4D | complex N(0, 1) |
+    | A_log, A_imag, P, B of S4 | HiPPO-LegS, in every channel (S4, arXiv 2111.00396, equation 2); C: N(0, 1) |
     | cell of an RNN, LSTM or GRU | torch's own, U(±1/√d_inner) |
     """
     if c.bias:
@@ -40,7 +43,9 @@ def init_mixer(mixer: nn.Module, c: MambaConfig) -> None:
         if c.conv_bias:
             uniform(mixer.conv1d.bias, c.d_conv**-0.5)
     mixer.D.fill_(1)
-    if isinstance(mixer, S4DMixer):
+    if isinstance(mixer, S4Mixer):
+        _init_s4(mixer, c)
+    elif isinstance(mixer, S4DMixer):
         _init_s4d(mixer, c)
     else:
         _init_mamba(mixer, c)
@@ -72,6 +77,14 @@ def _init_s4d(mixer: S4DMixer, c: MambaConfig) -> None:
     mixer.A_log.copy_(torch.log(-A.real).expand_as(mixer.A_log))
     mixer.A_imag.copy_(A.imag.expand_as(mixer.A_imag))
     mixer.C.normal_(0, math.sqrt(0.5))
+    mixer.log_dt.copy_(torch.log(_steps(c, mixer.D.device)))
+
+
+def _init_s4(mixer: S4Mixer, c: MambaConfig) -> None:
+    a, omega, P, B = dplr.legs(c.d_state)
+    for parameter, row in ((mixer.A_log, torch.log(a)), (mixer.A_imag, omega), (mixer.P, P), (mixer.B, B)):
+        parameter.copy_(row.expand_as(parameter))
+    mixer.C.normal_()
     mixer.log_dt.copy_(torch.log(_steps(c, mixer.D.device)))
 
 

@@ -66,12 +66,16 @@ class S4DMixer(ExactParameters, SequenceMixer):
         return y + D * x, torch.view_as_real(h).flatten(-2)
 
     def flops_per_token(self) -> int:
-        """Of the recurrence: a complex number of the state takes a complex and a real-by-complex product, two sums and
-        the real part of a product, 16 operations. See `MambaLM.flops_per_token`."""
+        """Of the recurrence, not of its chunks. See `MambaLM.flops_per_token`."""
         c = self.config
         matrices = self.in_proj.in_features * self.in_proj.out_features + c.d_inner * c.d_model
         conv = 2 * c.d_conv * c.d_inner if c.use_conv else 0
-        return 2 * matrices + conv + 16 * c.d_inner * c.d_state // 2
+        return 2 * matrices + conv + self._ssm_flops()
+
+    def _ssm_flops(self):
+        """A complex number of the state takes a complex and a real-by-complex product, two sums and the real part of a
+        product: 16 operations."""
+        return 16 * self.config.d_inner * self.config.d_state // 2
 
 
 def _last_inputs(x, before, lengths):

@@ -98,9 +98,6 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=64):
     power = powers(A_bar, c + 1)  # (d,n,c+1)
     into = (B_bar[..., None] * power[..., :c].flip(-1)).mT  # (d,c,n): what each input leaves in the state
     K = 2 * ((C * B_bar)[..., None] * power[..., :c]).sum(1).real  # (d,c)
-    later = torch.arange(c, device=x.device)
-    lag = later - later[:, None]  # of output i behind input j: (j,i)
-    within = K[:, lag.clamp(min=0)] * (lag >= 0)
 
     xs = x.reshape(b, -1, c, d).permute(3, 0, 1, 2).contiguous().view(d, -1, c)
     added = torch.view_as_complex((xs @ _pairs(into)).view(d, b, t // c, -1, 2))
@@ -110,8 +107,15 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, *, chunk_size=64):
         h = torch.addcmul(added_q, power[:, None, :, c], h)
     states = _pairs(torch.stack(before, 2)).flatten(1, 2)
     out = _pairs((2 * C[..., None] * power[..., 1:]).conj().mT).mT  # 2 Re(C A^i h) as a real product: (d,2n,c)
-    y = (xs @ within).baddbmm_(states, out)
+    y = (xs @ toeplitz(K)).baddbmm_(states, out)
     return y.view(d, b, t).permute(1, 2, 0), h.transpose(0, 1)
+
+
+def toeplitz(K):
+    """K (d,c) as the matrices (d,c,c) that convolve rows of c inputs, from the right."""
+    place = torch.arange(K.shape[1], device=K.device)
+    lag = place - place[:, None]  # of output i behind input j: (j,i)
+    return K[:, lag.clamp(min=0)] * (lag >= 0)
 
 
 def powers(A_bar, count):

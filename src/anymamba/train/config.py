@@ -36,7 +36,7 @@ class TrainConfig:
     d_conv: int | None = None  # width of the convolution
     expand: int | None = None  # d_inner = expand * d_model
     dt_rank: int | None = None  # rank of the step projection
-    mixer: str | None = None  # what mixes along time: mamba, s4d, rnn, gru, lstm
+    mixer: str | None = None  # what mixes along time: mamba, s4, s4d, rnn, gru, lstm
     selective: str | None = None  # which of B, C and dt depend on the input: "B,C,dt"; "" for none
     discretization: str | None = None  # mamba, zoh, bilinear, euler
     gate: bool = True  # multiply what the mixer gives by a gate
