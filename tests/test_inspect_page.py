@@ -132,7 +132,7 @@ def test_refusals(written, command, model):
     assert not (written / "other.html").exists()
     with pytest.raises(AnymambaError, match="3 texts of tokens, but 4 tokens were read"):
         report.page(report.summarise(model, [1, 2, 3, 4]), ["a"] * 3, "", "")
-    with pytest.raises(AnymambaError, match=r"\(2, 2\), but must be \(t,\)"):
+    with pytest.raises(AnymambaError, match=r"\(2, 2\) torch.int64, but must be \(t,\)"):
         report.summarise(model, [[1, 2], [3, 4]])
 
 

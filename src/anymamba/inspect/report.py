@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.ids import as_ids
 from anymamba.inspect.attention import attention_blocks
 from anymamba.inspect.capture import LayerTrace, capture
+from anymamba.inspect.checks import checked_ids, language_model
 from anymamba.inspect.memory import horizon, write_strength
 
 CHANNELS = 7  # shown beside the mean of all: from the one that forgets first to the one that keeps longest
@@ -45,9 +45,9 @@ def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SI
 
     Raises AnymambaError for a text that is not (t,) with t ≥ 1, and as `capture` does.
     """
-    ids = as_ids(ids, "inspect: ids", model.device).to(model.device)
-    if ids.dim() != 1 or len(ids) == 0:
-        raise AnymambaError(f"inspect: ids are {tuple(ids.shape)}, but must be (t,) with t ≥ 1: one text")
+    ids = checked_ids("summarise", language_model(model), ids, dims=1)
+    if len(ids) == 0:
+        raise AnymambaError("summarise: ids are (0,), but must be (t,) with t ≥ 1: one text")
     count = len(model.backbone.layers)
     together = max(1, TRACE_BYTES // (8 * len(ids) * model.config.d_inner))
     out = []
