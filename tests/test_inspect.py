@@ -578,9 +578,9 @@ def test_gaps_in_time_are_neither_recorded_nor_patched(model):
 def test_blocks_that_run_twice_are_refused(model):
     model.recompute = True
     try:
-        with inspect.recording(model), pytest.raises(AnymambaError, match="model.recompute = False"):
+        with inspect.recording(model), pytest.raises(AnymambaError, match=r"model\.recompute = False"):
             model(text())
-        with pytest.raises(AnymambaError, match="model.recompute = False"):
+        with pytest.raises(AnymambaError, match=r"model\.recompute = False"):
             _patched(model, "y", abs)
         assert inspect.capture(model, text()).layers  # without gradients they do not
     finally:
@@ -657,7 +657,7 @@ def test_functions_of_a_trace_refuse(model, layer, name):
                 call(layer, tokens=tokens)
     if name in ("hidden_attention", "attention_blocks"):
         for channels in ([], [48], [-49], 1.0, [0.5], "a", True, [[1]]):
-            with pytest.raises(AnymambaError, match="channels are .*, but the layer has channels 0 … 47"):
+            with pytest.raises(AnymambaError, match=r"channels are .*, but the layer has channels 0 … 47"):
                 call(layer, channels=channels)
         some = call(layer, channels=[47, 0])
         for channels in (torch.tensor([-1, 0]), np.array([47, 0]), (47, -48)):
@@ -682,9 +682,11 @@ def test_bad_arguments_of_every_kind(model, layer):
         lambda: inspect.attention_blocks(layer, 2.0): "size=2.0, but",
         lambda: inspect.horizon_of(layer, 1.0): "token 1.0, but the text has tokens 0 … 36",
         lambda: inspect.horizon_of(layer, -1): "token -1, but",
-        lambda: inspect.gradient_saliency(model, [0.5, 1]): r"ids are \(2,\) torch.float64, but must be \(t,\) of whole",
+        lambda: inspect.gradient_saliency(
+            model, [0.5, 1]
+        ): r"ids are \(2,\) torch.float64, but must be \(t,\) of whole",
         lambda: inspect.gradient_saliency(model, "text"): "saliency: ids: a str that makes no tensor",
-        lambda: inspect.gradient_saliency(model, [3, 11111]): "token id 11111 is outside the vocabulary",
+        lambda: inspect.gradient_saliency(model, [3, 11111]): "saliency: id 11111 is outside the vocabulary",
         lambda: inspect.gradient_saliency(model, []): r"ids are \(0,\)",
         lambda: inspect.gradient_saliency(model, [3, 4], 1.0): "target 1.0 is outside the vocabulary of 11",
         lambda: inspect.gradient_saliency(model, [3, 4], state=3): "saliency: the state is a int",

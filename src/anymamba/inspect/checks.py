@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from anymamba.errors import AnymambaError
+from anymamba.generate.checks import require_vocabulary
 from anymamba.ids import WHOLE, as_ids
 from anymamba.model import MambaLM
 from anymamba.state import MambaState
@@ -72,10 +73,20 @@ def check_state(who: str, state: Any) -> None:
                             "what a model gives")  # fmt: skip
 
 
-def checked_ids(who: str, model: MambaLM, ids: Any, dims: int) -> Tensor:
-    """Token ids with so many axes, on the model's device; how many tokens there must be is for the caller to say."""
+def checked_ids(who: str, model: Any, ids: Any, dims: int) -> Tensor:
+    """Token ids (t,) or (b,t) of the model's vocabulary, on its device; there may be none.
+
+    Raises AnymambaError for other ids, and for a model without a vocabulary.
+    """
+    model = language_model(model)
+    require_vocabulary(who, model)
     ids = as_ids(ids, f"{who}: ids", model.device).to(model.device)
     if ids.dim() != dims or ids.dtype not in WHOLE:
         want = "(t,) of whole numbers: one text" if dims == 1 else "(b,t) of whole numbers: one text a row"
         raise AnymambaError(f"{who}: ids are {tuple(ids.shape)} {ids.dtype}, but must be {want}")
+    size = model.config.vocab_size
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise AnymambaError(f"{who}: id {int(wrong[0])} is outside the vocabulary of {size}: was the text encoded with "
+                            "another tokenizer?")  # fmt: skip
     return ids

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.generate.checks import require_vocabulary
-from anymamba.inspect.checks import checked_ids, choose_layers, is_finite, is_whole, language_model, listed
+from anymamba.inspect.checks import checked_ids, choose_layers, is_finite, is_whole, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +36,6 @@ def recall(model: nn.Module, ids, lags: int | Sequence[int], *, layers: int | It
     The state alone is probed, not the last inputs that the convolution keeps; of any kind of mixer that has one. Raises
     AnymambaError for lags outside the text, too few rows, layers that do not exist, or a model without a vocabulary.
     """
-    require_vocabulary("recall", language_model(model))
     ids = checked_ids("recall", model, ids, dims=2)
     b, t = ids.shape
     lags, chosen = tuple(listed(lags)), tuple(choose_layers(model, layers))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anymamba.errors import AnymambaError
 from anymamba.inspect.attention import attention_blocks
 from anymamba.inspect.capture import LayerTrace, capture
-from anymamba.inspect.checks import checked_ids, language_model
+from anymamba.inspect.checks import checked_ids
 from anymamba.inspect.memory import horizon, write_strength
 
 CHANNELS = 7  # shown beside the mean of all: from the one that forgets first to the one that keeps longest
@@ -45,7 +45,7 @@ def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SI
 
     Raises AnymambaError for a text that is not (t,) with t ≥ 1, and as `capture` does.
     """
-    ids = checked_ids("summarise", language_model(model), ids, dims=1)
+    ids = checked_ids("summarise", model, ids, dims=1)
     if len(ids) == 0:
         raise AnymambaError("summarise: ids are (0,), but must be (t,) with t ≥ 1: one text")
     count = len(model.backbone.layers)

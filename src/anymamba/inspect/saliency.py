@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.generate.checks import require_vocabulary
-from anymamba.inspect.checks import check_state, checked_ids, is_whole, language_model, listed
+from anymamba.inspect.checks import check_state, checked_ids, is_whole, listed
 from anymamba.state import MambaState
 
 
@@ -75,7 +74,6 @@ def ablation_saliency(model: nn.Module, ids, target: int | None = None, *, token
 
 def _check(model, ids, target, state, least):
     """ids (1,t)."""
-    require_vocabulary("saliency", language_model(model))
     ids = checked_ids("saliency", model, ids, dims=1)
     if len(ids) < least:
         raise AnymambaError(f"saliency: ids are {tuple(ids.shape)}, but must be (t,) with t ≥ {least}: one text")
