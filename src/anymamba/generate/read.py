@@ -127,7 +127,7 @@ def read_batch(
     ids = pad_sequence(list(prompts), batch_first=True).to(model.device)
     for start in range(0, ids.shape[1], chunk):
         here = [min(max(count - start, 0), chunk) for count in counts]
-        # with lengths rows are laid end to end, which takes time, and which `inspect` cannot take apart
+        # with lengths the model lays rows end to end, where `inspect` cannot tell one from the next
         lengths = torch.tensor(here, device=model.device) if min(here) < max(here) else None
         out = model(ids[:, start : start + chunk], state=state, lengths=lengths, last_only=True)
         new, state = out.logits[:, -1], out.state

@@ -6,7 +6,7 @@ Axes: t time, d channels, n d_state, p blocks of tokens.
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,9 @@ class LayerSummary:
     maps: Tensor  # (1 + channels,p,p) hidden attention: the mean of all channels, then theirs
 
 
-def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SIDE) -> list[LayerSummary]:
-    """What a text (t,) does in each layer; maps have at most `side` blocks each way.
+def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SIDE,
+              on_layer: Callable[[], None] | None = None) -> list[LayerSummary]:  # fmt: skip
+    """What a text (t,) does in each layer; maps have at most `side` blocks each way. on_layer is called after each.
 
     Raises AnymambaError for a text that is not (t,) with t ≥ 1, and as `capture` does.
     """
@@ -54,8 +55,11 @@ def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SI
     for start in range(0, count, together):
         group = range(start, min(start + together, count))
         trace = capture(model, ids[None], layers=group, keep=("dt", "B", "C", "x"))
-        with _one_thread():
-            out += [_summarise_layer(trace.layers[i], channels, side) for i in group]
+        for i in group:
+            with _one_thread():
+                out.append(_summarise_layer(trace.layers[i], channels, side))
+            if on_layer is not None:
+                on_layer()
     return out
 
 
