@@ -612,6 +612,8 @@ def test_a_sequence_model_is_seen_and_patched():
     both = make_sequence(bidirectional=True)
     for call, message in {
         lambda: inspect.capture(both, x): "layer 0 is Bidirectional, ",
+        lambda: inspect.capture(model, x.tolist()): "a list for a model that reads features",
+        lambda: inspect.capture(model.mamba, x.long()): "a torch.int64 for a model that reads features",
         lambda: inspect.capture(model, x, return_states=3): "return_states is for a MambaLM",
         lambda: inspect.capture(model, x[..., :2]): r"must be real numbers \(batch, seqlen ≥ 1, 3\)",
         lambda: inspect.recall(model, text(b=9), 1): "recall: this model has no vocabulary",

@@ -110,7 +110,8 @@ def recording(model: nn.Module, layers: int | Iterable[int] | None = None,
               keep: str | Iterable[str] | None = None) -> Iterator[Recording]:  # fmt: skip
     """While this is open, whatever runs the model is recorded: a forward pass, training, or `generate`.
 
-    Calls of the model one after the other are taken for one text, read in pieces.
+    Calls of the model one after the other are taken for one text, read in pieces. What a PrefixCache spares the model
+    is not seen.
 
     Args:
         model: a MambaLM, or a SequenceModel whose blocks look back only.
@@ -181,6 +182,10 @@ def capture(model: nn.Module, ids, *, layers: int | Iterable[int] | None = None,
     if state is not None:
         check_state("capture", state)
     lm = language_model(model)
+    if lm.config.vocab_size is None and not (isinstance(ids, Tensor) and ids.is_floating_point()):
+        raise AnymambaError(f"capture: a {getattr(ids, 'dtype', type(ids).__name__)} for a model that reads features: "
+                            "give a tensor of real numbers, of float32 for example")  # fmt: skip
+    ids = ids.to(lm.device) if isinstance(ids, Tensor) else ids
     with recording(model, layers, keep) as seen:
         if lm is not model:
             if return_states is not None:

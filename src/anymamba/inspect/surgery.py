@@ -79,7 +79,8 @@ def patch(model: nn.Module, layers: int | Iterable[int] | None, part: str,
             "state" replaces the state that each call starts from.
         tokens: a slice of the time axis with whole bounds, all if None. They count from the first token of each call
             of the model, and `generate` calls it once for each piece of the prompt (of prefill_chunk tokens), then
-            once for each token: there, `value` is best a function, which every call asks.
+            once for each token: there, `value` is best a function, which every call asks. Give it no PrefixCache, which
+            would keep states of the patched model.
 
     Raises AnymambaError for other parts, and, when the model runs, for a value that does not fit.
     """
