@@ -102,7 +102,9 @@ class Recording:
 
 def _constant(mixer, name):
     """A step size (d,), or an input or output matrix (d,n), that the mixer does not make from its input."""
-    return F.softplus(mixer.dt_bias.float()) if name == "dt" else getattr(mixer, name).clone()
+    if name != "dt":
+        return getattr(mixer, name).clone()
+    return F.softplus(mixer.dt_bias.to(torch.promote_types(mixer.dt_bias.dtype, torch.float32)))
 
 
 @contextmanager
