@@ -285,6 +285,14 @@ def test_a_hook_is_called(launches, kind):
     assert "decode_step" not in launches
 
 
+def test_a_graph_that_would_call_no_hook_is_not_recorded(monkeypatch):
+    """A CUDA graph plays kernels back, and Python that listens would hear the first step only."""
+    model = built(CONFIGS["plain"])
+    model.backbone.layers[1].mixer.out_proj.register_forward_pre_hook(lambda *_: None)
+    monkeypatch.setattr(MambaLM, "device", property(lambda self: torch.device("cuda")))
+    assert type(decode._batch_for(model, 1, torch.float32)) is decode._Called
+
+
 def test_what_has_no_kernels_is_called(launches):
     model = built(CONFIGS["plain"]).double()
     logits, state = Decoder(model).step(torch.tensor([1]), read(model, torch.tensor([[3, 4]]))[1])

@@ -1,12 +1,15 @@
 """What `anymamba.inspect` says of a model is what the model computes."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from anymamba import AnymambaError, MambaConfig, MambaLM, SamplingConfig, inspect
+from anymamba import AnymambaError, MambaConfig, MambaLM, SamplingConfig, SequenceModel, inspect
 from anymamba import model as model_module
-from anymamba.generate import generate
+from anymamba.generate import PrefixCache, generate
 from anymamba.inspect import parts
 from anymamba.inspect.capture import SCAN
 from anymamba.layers import quantize
@@ -121,14 +124,103 @@ def _empty(model):
         seen.layer(0)
 
 
-def test_a_model_that_computes_something_else_is_refused(model, monkeypatch):
-    monkeypatch.setattr(MambaConfig, "gate", True, raising=False)
-    object.__setattr__(model.backbone.layers[1].mixer.config, "gate", False)
-    try:
-        with pytest.raises(AnymambaError, match="gate=False, but only True"):
-            inspect.capture(model, text())
-    finally:
-        object.__delattr__(model.backbone.layers[1].mixer.config, "gate")
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"mixer": "gru"}, "mixer='gru'"), ({"mixer": "s4d", "d_state": 6}, "mixer='s4d'"),
+     ({"discretization": "bilinear"}, "discretization='bilinear'")],
+)  # fmt: skip
+def test_a_model_that_computes_something_else_is_refused(changes, what):
+    other = MambaLM(MambaConfig(**{"vocab_size": 11, "d_model": 24, "n_layer": 1} | changes))
+    for call in (lambda: inspect.capture(other, text()), lambda: _patched(other, "y", abs)):
+        with pytest.raises(AnymambaError, match=f"layer 0 is of {what}, .* can be looked into. recall, edit_state"):
+            call()
+
+
+# ---- other models ----
+
+VARIANTS = [
+    {"gate": False}, {"use_conv": False}, {"selective": "dt"}, {"selective": "B,C"}, {"selective": "C,dt"},
+    {"selective": "", "use_conv": False}, {"discretization": "zoh"}, {"discretization": "zoh", "selective": "C"},
+]  # fmt: skip
+
+
+def make_variant(changes):
+    """A trained-looking model of any part left out."""
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(**{"vocab_size": 11, "d_model": 24, "n_layer": 2, "d_state": 5} | changes))
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(40)
+        for block in model.backbone.layers:
+            for name, value in block.mixer.named_parameters():
+                if name in ("x_proj.weight", "B", "C"):
+                    value.mul_(3).add_(0.1 * torch.randn_like(value))
+                if name in ("dt_bias", "dt_proj.bias"):
+                    value.add_(2)  # steps so long that the rules of discretization differ
+    return model
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_ablations_are_seen_as_they_compute(changes):
+    model, ids = make_variant(changes), text(b=2, t=23)
+    start = model(text(b=2, t=4, seed=5)).state
+    trace = inspect.capture(model, ids, state=start)
+    gate, rule = model.config.gate, model.config.discretization
+    inputs = [block.mixer for block in model.backbone.layers]
+    for i, layer in trace.layers.items():
+        assert (layer.z is None) == (not gate)
+        if layer.x is None:  # selective="": nothing reads x but the scan
+            assert changes["selective"] == ""
+            with inspect.recording(model, i, keep="conv_in") as seen:
+                model(ids, state=start)
+            layer = dataclasses.replace(layer, x=F.silu(seen.layer(i).conv_in))
+        constant = [name for name in ("B", "C") if name not in model.config.selective]
+        for name in ("B", "C"):
+            v = getattr(layer, name)
+            assert v.shape == ((2, 23, 48, 5) if name in constant else (2, 23, 5))
+            assert v.untyped_storage().nbytes() == 4 * 5 * (48 if name in constant else 2 * 23)  # not of every token
+        B, C = (getattr(inputs[i], name) if name in constant else getattr(layer, name) for name in ("B", "C"))
+        y, final = selective_scan(layer.x, layer.dt, layer.A, B, C, layer.D, layer.z, initial_state=layer.state,
+                                  discretization=rule)  # fmt: skip
+        assert relative(y, layer.y) < 1e-5
+        M = inspect.hidden_attention(layer, range(48), row=1, skip=True)
+        got = torch.einsum("dij,jd->id", M, layer.x[1]) + inspect.carried(layer, row=1)
+        assert relative(got * (F.silu(layer.z[1]) if gate else 1), layer.y[1]) < 2e-5
+        h = layer.state
+        for j in range(23):
+            one = slice(j, j + 1)
+            h = inspect.forget_factor(layer, one)[:, 0] * h + inspect.write(layer, one)[:, 0]
+        assert relative(h, final) < 1e-5
+        torch.testing.assert_close(inspect.write_strength(layer), inspect.write(layer).norm(dim=-1))
+        blocks = inspect.attention_blocks(layer, 23, [0, 47], row=1)
+        torch.testing.assert_close(blocks, inspect.hidden_attention(layer, [0, 47], row=1))
+        few = inspect.attention_blocks(layer, 5, row=1)
+        torch.testing.assert_close(few[1, 0], inspect.hidden_attention(layer, row=1)[5:10, :5].mean())
+        torch.testing.assert_close(few, inspect.attention_blocks(layer, 5, range(48), row=1).mean(0))
+
+
+def test_what_a_model_does_not_have_is_named():
+    ungated, fixed = make_variant({"gate": False}), make_variant({"selective": ""})
+    for call, message in {
+        lambda: inspect.capture(ungated, text(), keep="z"): "part 'z': a model with gate=False has no z",
+        lambda: _patched(ungated, "z", abs): "gate=False has no z",
+        lambda: inspect.hidden_attention(inspect.capture(ungated, text()).layers[0], gate=True): "recorded without z",
+        lambda: inspect.capture(fixed, text(), keep=["x"]): "part 'x': nothing is computed from x with selective=''",
+        lambda: _patched(fixed, "dt", abs): "part 'dt' does not depend on the input here",
+    }.items():
+        with pytest.raises(AnymambaError, match=message):
+            call()
+
+
+def test_parts_of_ablations_are_patched():
+    model, ids = make_variant({"gate": False, "use_conv": False, "selective": "C,dt"}), text()
+    for part in ("conv_in", "dt", "C", "y", "state"):
+        theirs = getattr(inspect.capture(model, text(seed=7), keep=[part]).layers[1], part)
+        theirs = theirs + 1 if part == "state" else theirs
+        with inspect.patch(model, 1, part, theirs):
+            seen = inspect.capture(model, ids, layers=1, keep=[part]).layers[1]
+            patched = model(ids).logits
+        assert not torch.allclose(model(ids).logits, patched, atol=1e-4)
+        torch.testing.assert_close(getattr(seen, part), theirs, rtol=1e-4, atol=1e-5)
 
 
 # ---- hidden attention ----
@@ -255,7 +347,7 @@ def test_gradient_times_input_is_the_derivative_by_the_tokens_scale(model):
 
 def test_saliency_refuses(model):
     for call, message in {
-        lambda: inspect.gradient_saliency(model, text()): r"ids are \(1, 37\), but must be \(t,\)",
+        lambda: inspect.gradient_saliency(model, text()): r"ids are \(1, 37\) torch.int64, but must be \(t,\)",
         lambda: inspect.ablation_saliency(model, [3]): r"must be \(t,\) with t ≥ 2",
         lambda: inspect.gradient_saliency(model, [3, 4], 11): "target 11 is outside the vocabulary of 11",
         lambda: inspect.ablation_saliency(model, [3, 4], tokens=[2]): r"tokens \[2\] of a text with tokens 0 … 1",
@@ -284,6 +376,24 @@ def test_a_probe_finds_what_the_state_holds_and_no_more():
         inspect.recall(model, ids, [40])
     with pytest.raises(AnymambaError, match="need rows"):
         inspect.recall(model, ids[:1], [1])
+
+
+@pytest.mark.parametrize("mixer", ["s4d", "rnn", "lstm", "gru"])
+def test_every_kind_of_state_is_probed_edited_and_mixed(mixer):
+    torch.manual_seed(0)
+    other = MambaLM(MambaConfig(vocab_size=4, d_model=24, n_layer=2, mixer=mixer))
+    ids = text(b=300, t=20, v=4)
+    found = inspect.recall(other, ids, 0)
+    assert found.accuracy.shape == (2, 1)
+    assert found.accuracy[0, 0] > 0.8
+    a, b = (other(ids[i : i + 1]).state for i in (0, 1))
+    swapped = inspect.edit_state(a, lambda h: b.layers[1].ssm, layers=1)
+    assert torch.equal(swapped.layers[1].ssm, inspect.mix_states(a, b, 1).layers[1].ssm)
+    assert inspect.gradient_saliency(other, ids[0]).isfinite().all()
+    ablated = inspect.ablation_saliency(other, ids[0], 2, tokens=3)
+    without = torch.cat([ids[0, :3], ids[0, 4:]])
+    want = [other(v[None]).logits[0, -1, :4].log_softmax(-1)[2] for v in (ids[0], without)]
+    torch.testing.assert_close(ablated[0], want[0] - want[1], rtol=1e-3, atol=1e-4)
 
 
 # ---- surgery ----
@@ -323,6 +433,84 @@ def test_a_patch_of_some_tokens_in_pieces_too(model, monkeypatch):
         zero = (layer.out[0] == 0).all(-1).nonzero().flatten().tolist()
         assert zero == (list(range(5, 16)) if i != 1 else [])
         torch.testing.assert_close(pieces.layers[i].out, layer.out, rtol=1e-4, atol=1e-5)
+
+
+def test_dt_of_any_size_from_zero_on_can_be_put_in(model):
+    start, ids = model(text(t=4, seed=1)).state, text()
+    dt = inspect.capture(model, ids, layers=1, keep="dt").layers[1].dt.clone()
+    dt[:, 5:20] = 0
+    dt[:, 20] = 1e-30
+    dt[:, 21] = 200
+    with inspect.patch(model, 1, "dt", dt):
+        trace = inspect.capture(model, ids, state=start, return_states=1)
+    assert torch.equal(trace.layers[1].dt == 0, dt == 0)
+    torch.testing.assert_close(trace.layers[1].dt, dt, rtol=1e-4, atol=0)
+    before, *passed = trace.output.states.layers[1].ssm[0, 4:20]
+    assert all(torch.equal(h, before) for h in passed)  # not a bit changes
+    scale = torch.ones(1, 37, 1, requires_grad=True)
+    mask = (torch.arange(37) % 3 > 0)[None, :, None]
+    with inspect.patch(model, 1, "dt", lambda v: v * mask * scale):
+        loss = model(ids, labels=ids).loss
+        (slope,) = torch.autograd.grad(loss, scale)
+        model(ids, labels=ids).loss.backward()
+    assert ((slope != 0) == mask).all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+def test_dt_that_cannot_be_is_refused_with_its_value(model, bad):
+    def edit(v):
+        v = v.clone()
+        v[0, 3, 2] = bad
+        return v
+
+    with pytest.raises(AnymambaError, match=f"dt holds {bad}, but step sizes are finite and at least 0"):
+        _patched(model, "dt", edit)
+
+
+def test_a_refused_call_leaves_a_patch_as_it_was(model):
+    """The count of where in the text a call is must not be off afterwards."""
+    zeros = torch.zeros(1, 37, 24)
+    with inspect.patch(model, 1, "out", zeros):
+        for bad in ({"lengths": torch.tensor([5])}, {"ids": None}, {"ids": [3]}, {"state": 3}):
+            with pytest.raises((AnymambaError, AttributeError)):
+                model(**{"ids": text()} | bad)
+        assert not inspect.capture(model, text(), keep="out").layers[1].out.any()
+
+
+def test_a_generated_text_is_recorded_as_one(model):
+    prompt = text(t=23)[0].tolist()
+    options = {"max_new_tokens": 7, "sampling": SamplingConfig(temperature=0)}
+    for more in ({}, {"prefill_chunk": 10}, {"cache": PrefixCache(model, every=5)}):
+        with inspect.recording(model, keep=parts.PARTS) as seen:
+            (completion,) = generate(model, [prompt], **options, **more)
+        whole = inspect.capture(model, [prompt + completion.ids], keep=parts.PARTS)
+        for i, layer in whole.layers.items():
+            for part in parts.PARTS:  # generate has read its last token, too
+                torch.testing.assert_close(getattr(seen.layer(i), part), getattr(layer, part), rtol=1e-4, atol=1e-4)
+    with inspect.recording(model, -1) as seen:
+        generate(model, [prompt, prompt[::-1]], max_new_tokens=3)
+    assert seen.layer(-1).dt.shape == (2, 26, 48)
+    with inspect.recording(model) as seen:
+        with pytest.raises(AnymambaError, match="rows of several lengths"):
+            generate(model, [prompt, prompt[:5]], max_new_tokens=3)
+        model(text(b=2))
+        model(text(b=1))
+        with pytest.raises(AnymambaError, match="calls of 2 and of 1 rows do not join in time"):
+            seen.layer(0)
+
+
+def test_every_call_of_generate_begins_a_patch_anew(model):
+    prompt, calls = text()[0].tolist(), []
+
+    def note(v):
+        calls.append(v.shape[1])
+        return v
+
+    with inspect.patch(model, 0, "y", note, tokens=slice(0, 1)):
+        generate(model, [prompt], max_new_tokens=3, prefill_chunk=30)
+    assert calls == [1] * 5  # of 30 and 7 tokens of the prompt, and 3 times one
 
 
 def test_patches_and_edits_reach_generation(model):
@@ -377,8 +565,161 @@ def _patched(model, part, value, tokens=None, **options):
         model(text(), **options)
 
 
-def test_gaps_in_time_are_not_recorded():
-    model, ids = MambaLM(MambaConfig(vocab_size=50, d_model=16, n_layer=1)), torch.arange(10)[None]
-    with inspect.recording(model), pytest.raises(AnymambaError, match="delta"):
-        model(ids, delta=torch.ones(1, 10))
-    assert model(ids, delta=[[1.0] * 10]).logits.shape[:2] == (1, 10)
+def test_gaps_in_time_are_neither_recorded_nor_patched(model):
+    gaps = torch.full((1, 37), 2.0)
+    with inspect.recording(model), pytest.raises(AnymambaError, match=r"gaps in time \(delta\)"):
+        model(text(), delta=gaps)
+    with pytest.raises(AnymambaError, match=r"dt with gaps in time \(delta\), which would multiply it"):
+        _patched(model, "dt", abs, delta=gaps)
+    with inspect.patch(model, 0, "C", lambda v: 0 * v), torch.no_grad():  # what gaps do not change
+        assert not torch.allclose(model(text(), delta=gaps).logits, model(text()).logits)
+
+
+def test_blocks_that_run_twice_are_refused(model):
+    model.recompute = True
+    try:
+        with inspect.recording(model), pytest.raises(AnymambaError, match=r"model\.recompute = False"):
+            model(text())
+        with pytest.raises(AnymambaError, match=r"model\.recompute = False"):
+            _patched(model, "y", abs)
+        assert inspect.capture(model, text()).layers  # without gradients they do not
+    finally:
+        model.recompute = False
+
+
+# ---- models of measurements ----
+
+
+def make_sequence(**options):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=None, d_model=16, n_layer=2)
+    return SequenceModel(config, inputs=3, outputs=4, **options)
+
+
+def test_a_sequence_model_is_seen_and_patched():
+    model, x = make_sequence(pool=None, patch=2), torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    trace = inspect.capture(model, x)
+    torch.testing.assert_close(trace.output.y, model(x).y)
+    assert trace.layers[1].dt.shape == (2, 15, 32)
+    within = inspect.capture(model.mamba, model.patches(x, None))
+    torch.testing.assert_close(within.layers[1].y, trace.layers[1].y)
+    later = inspect.capture(model, x[:, 20:], state=model(x[:, :20]).state)
+    torch.testing.assert_close(later.layers[1].y, trace.layers[1].y[:, 10:], rtol=1e-4, atol=1e-5)
+    with inspect.patch(model, 1, "out", torch.zeros(1, 3, 16), tokens=slice(4, 7)):
+        seen = inspect.capture(model, x, keep="out").layers[1]
+    assert (seen.out == 0).all(-1)[0].nonzero().flatten().tolist() == [4, 5, 6]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    both = make_sequence(bidirectional=True)
+    for call, message in {
+        lambda: inspect.capture(both, x): "layer 0 is Bidirectional, ",
+        lambda: inspect.capture(model, x.tolist()): "a list for a model that reads features",
+        lambda: inspect.capture(model.mamba, x.long()): "a torch.int64 for a model that reads features",
+        lambda: inspect.capture(model, x, return_states=3): "return_states is for a MambaLM",
+        lambda: inspect.capture(model, x[..., :2]): r"must be real numbers \(batch, seqlen ≥ 1, 3\)",
+        lambda: inspect.recall(model, text(b=9), 1): "recall: this model has no vocabulary",
+    }.items():
+        with pytest.raises(AnymambaError, match=message):
+            call()
+
+
+# ---- what people pass ----
+
+
+@pytest.fixture(scope="module")
+def layer(model):
+    return inspect.capture(model, text(b=2)).layers[1]
+
+
+TRACE_CALLS = {
+    "hidden_attention": inspect.hidden_attention, "carried": inspect.carried, "horizon": inspect.horizon,
+    "attention_blocks": lambda trace, **options: inspect.attention_blocks(trace, 5, **options),
+    "horizon_of": lambda trace, **options: inspect.horizon_of(trace, 3, **options),
+    "forget_factor": inspect.forget_factor, "write": inspect.write, "write_strength": inspect.write_strength,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACE_CALLS)
+def test_functions_of_a_trace_refuse(model, layer, name):
+    call = TRACE_CALLS[name]
+    with pytest.raises(AnymambaError, match=r"a Trace, but must be a LayerTrace: .* trace.layers\[0\]"):
+        call(inspect.capture(model, text()))
+    for other in (None, layer.dt, {}):
+        with pytest.raises(AnymambaError, match=f"a {type(other).__name__}, but must be a LayerTrace"):
+            call(other)
+    with pytest.raises(AnymambaError, match="recorded without"):
+        call(dataclasses.replace(layer, dt=None))
+    if name in ("hidden_attention", "carried", "horizon", "attention_blocks", "horizon_of"):
+        for row in (2, -3, 1.0, "0", None, True):
+            with pytest.raises(AnymambaError, match=f"row {row!r} of a batch of 2: rows are 0 … 1"):
+                call(layer, row=row)
+        call(layer, row=-1)
+    if name in ("hidden_attention", "carried", "forget_factor", "write"):
+        for tokens in (3, [1, 2], slice(0.0, 3), slice(None, None, -1), torch.tensor([1])):
+            with pytest.raises(AnymambaError, match=r"must be a slice that goes forwards: slice\(3, 4\) is token 3"):
+                call(layer, tokens=tokens)
+    if name in ("hidden_attention", "attention_blocks"):
+        for channels in ([], [48], [-49], 1.0, [0.5], "a", True, [[1]]):
+            with pytest.raises(AnymambaError, match=r"channels are .*, but the layer has channels 0 … 47"):
+                call(layer, channels=channels)
+        some = call(layer, channels=[47, 0])
+        for channels in (torch.tensor([-1, 0]), np.array([47, 0]), (47, -48)):
+            assert torch.equal(call(layer, channels=channels), some)
+
+
+def test_bad_arguments_of_every_kind(model, layer):
+    ids, a = text(b=8), model(text()).state
+    for call, message in {
+        lambda: inspect.capture(torch.nn.Linear(2, 2), ids): "a Linear cannot be looked into: give a MambaLM",
+        lambda: inspect.capture(None, ids): "a NoneType cannot be looked into",
+        lambda: inspect.capture(model, ids, layers=1.5): r"layers are \[1.5\], but the model has layers 0 … 2",
+        lambda: inspect.capture(model, ids, layers=[]): r"layers are \[\], but",
+        lambda: inspect.capture(model, ids, layers="0"): r"layers are \['0'\], but",
+        lambda: inspect.capture(model, ids, keep=5): r"keep=\[5\], but parts are",
+        lambda: inspect.capture(model, ids, keep=[]): r"keep=\[\], but parts are",
+        lambda: inspect.capture(model, ids, state=a.layers): "capture: the state is a tuple, but must be a MambaState",
+        lambda: inspect.capture(model, ids[0]): r"ids are \(37,\) torch.int64",
+        lambda: inspect.capture(model, "text"): "a str that makes no tensor",
+        lambda: inspect.capture(model, ids.float()): "must be integers",
+        lambda: inspect.attention_blocks(layer, 0): "size=0, but it must be a whole number of at least 1",
+        lambda: inspect.attention_blocks(layer, 2.0): "size=2.0, but",
+        lambda: inspect.horizon_of(layer, 1.0): "token 1.0, but the text has tokens 0 … 36",
+        lambda: inspect.horizon_of(layer, -1): "token -1, but",
+        lambda: inspect.gradient_saliency(
+            model, [0.5, 1]
+        ): r"ids are \(2,\) torch.float64, but must be \(t,\) of whole",
+        lambda: inspect.gradient_saliency(model, "text"): "saliency: ids: a str that makes no tensor",
+        lambda: inspect.gradient_saliency(model, [3, 11111]): "saliency: id 11111 is outside the vocabulary",
+        lambda: inspect.gradient_saliency(model, []): r"ids are \(0,\)",
+        lambda: inspect.gradient_saliency(model, [3, 4], 1.0): "target 1.0 is outside the vocabulary of 11",
+        lambda: inspect.gradient_saliency(model, [3, 4], state=3): "saliency: the state is a int",
+        lambda: inspect.gradient_saliency(model, [3, 4], state=a.fork(2)): "a state of 2 rows for one text",
+        lambda: inspect.gradient_saliency(None, [3, 4]): "a NoneType cannot be looked into",
+        lambda: inspect.ablation_saliency(model, [3, 4], tokens=1.0): r"tokens \[1.0\] of a text with tokens 0 … 1",
+        lambda: inspect.ablation_saliency(model, [3, 4], batch_size=0): "batch_size=0",
+        lambda: inspect.ablation_saliency(model, [3, 4], batch_size="2"): "batch_size='2'",
+        lambda: inspect.recall(model, ids[0], 3): r"recall: ids are \(37,\) torch.int64, but must be \(b,t\)",
+        lambda: inspect.recall(model, ids, 37): r"lags \(37,\), but texts of 37 tokens have lags 0 … 36",
+        lambda: inspect.recall(model, ids, [1.0]): r"lags \(1.0,\), but",
+        lambda: inspect.recall(model, ids, []): r"lags \(\), but",
+        lambda: inspect.recall(model, ids, 1, ridge="a"): "ridge='a'",
+        lambda: inspect.recall(model, ids, 1, share=None): "share=None",
+        lambda: inspect.recall(model, ids, 1, batch_size=0): "batch_size=0",
+        lambda: inspect.recall(model, ids, 1, layers=9): "the model has layers 0 … 2",
+        lambda: inspect.edit_state(a, lambda h: None): r"edit_state: a NoneType for a state of \(1, 48, 5\)",
+        lambda: inspect.edit_state(a, 0): "edit=0, but it must be a function",
+        lambda: inspect.edit_state(a, abs, layers="0"): r"layers are \['0'\], but the state has layers 0 … 2",
+        lambda: inspect.edit_state(a.layers, abs): "edit_state: the state is a tuple",
+        lambda: inspect.mix_states(a, a, "1"): "weight='1', but it must be a finite number",
+        lambda: inspect.mix_states(a, a, float("nan")): "weight=nan",
+        lambda: inspect.mix_states(a, None, 0.5): "mix_states: the state is a NoneType",
+        lambda: inspect.mix_states(a, a.to(ssm_dtype=torch.bfloat16), 0.5): "dtypes or devices",
+        lambda: _patched(model, ["y"], abs): r"\['y'\] cannot be replaced",
+        lambda: _patched(model, "y", 3.0): "a float for y: give a tensor, or a function",
+        lambda: _patched(model, "y", np.zeros(3)): "a ndarray for y",
+        lambda: _patched(model, "y", lambda v: None): r"a NoneType in place of y, which is \(1, 37, 48\)",
+        lambda: _patched(model, "state", lambda v: 0): "a int in place of state",
+        lambda: _patched(model, "y", abs, tokens=3): r"it must be a slice from the front, .* slice\(3, 4\) is token 3",
+        lambda: _patched(model, "y", abs, tokens=slice(0.0, 2)): "a slice from the front",
+    }.items():
+        with pytest.raises(AnymambaError, match=message):
+            call()

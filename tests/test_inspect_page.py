@@ -1,11 +1,13 @@
 """The page of `anymamba inspect`: its structure everywhere, what it draws where there is a browser."""
 
 import base64
+import html
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +127,7 @@ def test_refusals(written, command, model):
         (*run, "--prompt", "a", "--tokens", "0"): "--tokens 0, but it must be at least 1",
         (*run, "--file", written / "model" / "model.safetensors"): "is not UTF-8 text",
         ("inspect", written / "model", "-o", written, "--prompt", "a"): "is a folder",
+        (*run, "--prompt", "a", "--png", written / "text.txt"): "text.txt cannot be one",
     }.items():
         code, _, errors = command(*arguments)
         assert code == 2
@@ -132,8 +135,63 @@ def test_refusals(written, command, model):
     assert not (written / "other.html").exists()
     with pytest.raises(AnymambaError, match="3 texts of tokens, but 4 tokens were read"):
         report.page(report.summarise(model, [1, 2, 3, 4]), ["a"] * 3, "", "")
-    with pytest.raises(AnymambaError, match=r"\(2, 2\), but must be \(t,\)"):
+    with pytest.raises(AnymambaError, match=r"\(2, 2\) torch.int64, but must be \(t,\)"):
         report.summarise(model, [[1, 2], [3, 4]])
+
+
+def test_other_models_are_refused_with_one_message_and_ablations_are_not(command, tmp_path):
+    for name, changes in {
+        "gru": {"mixer": "gru"},
+        "bare": {"gate": False, "use_conv": False, "selective": "dt"},
+    }.items():
+        MambaLM(MambaConfig(d_model=16, n_layer=2, **changes)).save_pretrained(tmp_path / name)
+        ByteTokenizer().save(tmp_path / name)
+    code, _, errors = command("inspect", tmp_path / "gru", "--prompt", "a", "-o", tmp_path / "page.html")
+    assert code == 2
+    assert errors.startswith(
+        "anymamba inspect: layer 0 is of mixer='gru', which has no steps that the state fades by: "
+    )
+    assert errors.count("inspect: ") == 1
+    code, said, errors = command("inspect", tmp_path / "bare", "--prompt", "a", "-o", tmp_path / "new" / "page.html")
+    assert (code, errors) == (0, "")
+    assert "1 token, " in said
+    assert len(data_of((tmp_path / "new" / "page.html").read_text(encoding="utf-8"))["layers"]) == 2
+
+
+def test_progress_is_told_and_an_interruption_leaves_no_page(written, command, model, monkeypatch):
+    calls = []
+    report.summarise(model, [1, 2, 3], on_layer=lambda: calls.append(1))
+    assert len(calls) == 3
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anymamba.cli.inspect.page", interrupt)
+    code, _, errors = command("inspect", written / "model", "--prompt", "a", "-o", written / "half.html")
+    assert code == 130
+    assert "interrupted" in errors
+    assert not list(written.glob("*half*"))
+
+
+def test_standard_input(written, command):
+    run = ("inspect", written / "model", "--prompt", "-", "-o", written / "piped.html", "--tokens", 10**6)
+    code, _, errors = command(*run)
+    assert code == 2
+    assert "the text is empty" in errors
+    code, said, errors = command(*run, stdin="Mäuschen")
+    assert (code, errors) == (0, "")
+    assert "9 tokens, " in said  # bytes, however many were allowed
+
+
+def test_standard_input_that_is_no_text(written):
+    done = subprocess.run(
+        [sys.executable, "-m", "anymamba", "inspect", written / "model", "--prompt", "-", "-o", written / "bad.html"],
+        input=b"\xff\xfe\x00a", capture_output=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(REPO / "src"), "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert b"standard input is not UTF-8 text" in done.stderr
+    assert not (written / "bad.html").exists()
 
 
 def test_one_token_and_no_channels(model, tmp_path):
@@ -143,19 +201,38 @@ def test_one_token_and_no_channels(model, tmp_path):
     assert len(save_plots(summaries, tmp_path)) == 3
 
 
+# added to a copy of the page: what --dump-dom cannot say
+MEASURE = """<script>
+const root = document.documentElement, map = document.getElementById("map"), box = map.getBoundingClientRect();
+map.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 1, clientY: box.bottom - 1 }));
+const wide = [...document.body.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+const pixels = map.getContext("2d").getImageData(0, 0, map.width, map.height).data;
+root.dataset.measured = JSON.stringify({ scroll: root.scrollWidth, inner: innerWidth, wide: wide.map(e => e.tagName),
+  painted: pixels.filter((v, i) => i % 4 === 3 && v > 0).length,
+  dark: matchMedia("(prefers-color-scheme: dark)").matches, paper: getComputedStyle(document.body).backgroundColor });
+</script>"""
+
+
 @pytest.mark.skipif(
     BROWSER is None, reason="no browser found: put chromium on the path, or its name in ANYMAMBA_BROWSER"
 )
-def test_a_browser_draws_it(model, tmp_path):
-    tokens = [NASTY, "", "a\nb", *"cdefg"]
-    page = report.page(report.summarise(model, list(range(8))), tokens, NASTY, "about")
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+@pytest.mark.parametrize("flags", ["--window-size=1200,900", "--window-size=390,844", "--force-dark-mode"])
+def test_a_browser_draws_it(model, tmp_path, flags):
+    tokens = [NASTY, "", "a\nb", "wide" * 200, *"cdef"]
+    page = report.page(report.summarise(model, list(range(8))), tokens, NASTY * 5, "about")
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", flags,
          "--dump-dom", f"{(tmp_path / 'page.html').as_uri()}#layer=2&map=3"],
         capture_output=True, text=True, timeout=60, encoding="utf-8",
     )  # fmt: skip
     assert 'data-drawn="layer 2 map 3"' in done.stdout
     assert done.stdout.count("<option") == 2 + 1 + report.CHANNELS
-    assert done.stdout.count('class="row') == 3
+    assert len(re.findall(r'class="row( chosen)?" data-layer', done.stdout)) == 3
     assert "<b>é</b>" not in done.stdout
+    assert re.search(r'id="map-told">token 7 .*\nreads \S+ of token 0 ', done.stdout)
+    measured = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', done.stdout)[1]))
+    assert measured["scroll"] <= measured["inner"], "the page scrolls sideways"
+    assert measured["wide"] == []
+    assert measured["painted"] == 8 * 9 / 2  # the triangle, nothing above it
+    assert measured["paper"] == ("rgb(22, 22, 24)" if measured["dark"] else "rgb(252, 252, 250)")

@@ -201,6 +201,29 @@ def test_memory_does_not_grow_with_the_text_and_is_what_chunks_are_chosen_by():
     assert 0.8 * per_token <= chunk / 8192 <= 1.3 * per_token
 
 
+@torch.no_grad()
+def test_rows_of_one_length_are_read_as_rows(model, text):
+    """Without lengths; the logits and states are those of each row alone, and of rows of several lengths."""
+    sizes = sys.modules[read.__module__]
+    before = model(text[:60].view(3, 20)).state
+    told = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs["lengths"]), with_kwargs=True)
+    try:
+        same = [text[100:150], text[200:250], text[300:350]]
+        got = sizes.read_batch(model, same, before, chunk=20)
+        assert told == [None] * 3
+        mixed = sizes.read_batch(model, [*same[:2], text[300:330]], before, torch.zeros(3, 256), chunk=20)
+        assert told[3] is None
+        assert [v.tolist() for v in told[4:]] == [[20, 20, 10], [10, 10, 0]]
+    finally:
+        hook.remove()
+    for i, ids in enumerate(same):
+        row = Reading(got.logits[[i]], got.state.select([i]))
+        assert_read(model, row, ids, before.select([i]))
+        ids = ids if i < 2 else text[300:330]
+        assert_read(model, Reading(mixed.logits[[i]], mixed.state.select([i])), ids, before.select([i]))
+
+
 def test_chunks_follow_the_free_memory(model, monkeypatch):
     sizes = sys.modules[read.__module__]  # the function hides the module of its name
     per_token = sizes.bytes_per_token(model)

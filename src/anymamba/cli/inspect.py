@@ -1,11 +1,15 @@
 """anymamba inspect"""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
 from anymamba.cli.generate import DEFAULT_MODEL
@@ -13,7 +17,7 @@ from anymamba.cli.state import check_output
 from anymamba.data import StreamDecoder, Tokenizer
 from anymamba.errors import AnymambaError
 from anymamba.files import write_atomically
-from anymamba.inspect.plots import save_plots
+from anymamba.inspect.plots import check_plots, save_plots
 from anymamba.inspect.report import page, side_for, summarise
 from anymamba.train.runs import load_run
 
@@ -45,29 +49,45 @@ def main(argv: list[str]) -> int:
     if options.tokens < 1:
         raise AnymambaError(f"--tokens {options.tokens}, but it must be at least 1")
     check_output(options.out, options.force)
+    if options.png is not None:
+        check_plots(options.png)
     text = _text(options)
     model, tokenizer = load_run(options.run or DEFAULT_MODEL, options.tokenizer)
     ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise AnymambaError("the text is empty: there is nothing to look at")
     read = ids[: options.tokens].astype("int64")
-    about = f"{len(read):,} tokens" + (f", the first of {len(ids):,}" if len(read) < len(ids) else "")
-    summaries = summarise(model, read, side=side_for(model.config.n_layer))
+    about = f"{len(read):,} token{'s' * (len(read) > 1)}" + (
+        f", the first of {len(ids):,}" if len(read) < len(ids) else ""
+    )
+    with _progress(model.config.n_layer) as advance:
+        summaries = summarise(model, read, side=side_for(model.config.n_layer), on_layer=advance)
     report = page(summaries, token_texts(read, tokenizer), options.run or "the package's model", about)
     write_atomically(options.out, lambda part: part.write_text(report, encoding="utf-8"))
     print(f"{options.out}: {about}, {len(report.encode()) / 1e6:.1f} MB")
-    for path in save_plots(summaries, options.png) if options.png else ():
+    for path in save_plots(summaries, options.png) if options.png is not None else ():
         print(path)
     return 0
 
 
 def _text(options: Options) -> str:
-    if options.prompt is not None:
-        return sys.stdin.read() if options.prompt == "-" else options.prompt
+    source = "standard input" if options.file is None else options.file
     try:
-        return Path(options.file).read_text(encoding="utf-8")
+        if options.file is not None:
+            return Path(options.file).read_text(encoding="utf-8")
+        return sys.stdin.read() if options.prompt == "-" else options.prompt
     except UnicodeDecodeError as error:
-        raise AnymambaError(f"{options.file} is not UTF-8 text ({error}); convert it first") from None
+        raise AnymambaError(f"{source} is not UTF-8 text ({error}); convert it first") from None
+
+
+@contextmanager
+def _progress(layers: int) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called after each layer. The bar is for a person at a terminal, and goes when all is done."""
+    console = Console(stderr=True)
+    columns = ("looking into layers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=layers)
+        yield lambda: bar.advance(task)
 
 
 def token_texts(ids, tokenizer: Tokenizer) -> list[str]:

@@ -59,6 +59,8 @@ def _batch_for(model, rows, state_dtype) -> _Steps:
     """What decodes `rows` rows."""
     if not isinstance(model, MambaLM):
         return _Called(model, rows, None)
+    if any(map(is_watched, model.modules())):  # who listens must be called at every step, and a graph calls nobody
+        return _Called(model, rows, state_dtype)
     kernels = _kernels_for(model)
     if model.device.type == "cuda":
         return _Recorded(model, kernels, rows, state_dtype)

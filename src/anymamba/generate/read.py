@@ -124,13 +124,14 @@ def read_batch(
     on_chunk: called after each chunk with how many tokens of each prompt are read, and the state then.
     """
     counts = [len(prompt) for prompt in prompts]
-    lengths = torch.tensor(counts, device=model.device)
     ids = pad_sequence(list(prompts), batch_first=True).to(model.device)
     for start in range(0, ids.shape[1], chunk):
-        here = (lengths - start).clamp(0, chunk)
-        out = model(ids[:, start : start + chunk], state=state, lengths=here, last_only=True)
+        here = [min(max(count - start, 0), chunk) for count in counts]
+        # with lengths the model lays rows end to end, where `inspect` cannot tell one from the next
+        lengths = torch.tensor(here, device=model.device) if min(here) < max(here) else None
+        out = model(ids[:, start : start + chunk], state=state, lengths=lengths, last_only=True)
         new, state = out.logits[:, -1], out.state
-        logits = new if logits is None else torch.where(here[:, None] > 0, new, logits)
+        logits = new if logits is None or lengths is None else torch.where(lengths[:, None] > 0, new, logits)
         if on_chunk is not None:
             on_chunk([min(count, start + chunk) for count in counts], state)
     return Reading(logits, state)

@@ -2,9 +2,11 @@
 
     y_i = Σ_{j≤i} M_ij x_j,   M_ij = C_i · exp(A (S_i − S_j)) B_j Δ_j,   S = Δ_1 + … + Δ_i
 
-in each channel. Every exponent is ≤ 0, so nothing overflows however long the text. A state that the text goes on from
-adds C_i · exp(A S_i) h_0, which belongs to no token: `carried`.
-Axes: b batch, t time, d channels, n d_state, k rows asked for, c channels at a time, p blocks.
+in each channel; zero-order hold has the factor (exp(A Δ_j) − 1) / (A Δ_j), too. Every exponent is ≤ 0, so nothing
+overflows however long the text. A state that the text goes on from adds C_i · exp(A S_i) h_0, which belongs to no
+token: `carried`.
+Axes: b batch, t time, d channels, n d_state, k rows asked for, c channels at a time, e the same, or 1 where B or C is
+one for all channels, p blocks.
 """
 
 import math
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba.errors import AnymambaError
-from anymamba.inspect.capture import LayerTrace
+from anymamba.inspect.capture import LayerTrace, need
+from anymamba.inspect.checks import check_row, check_tokens, indices, is_whole
+from anymamba.inspect.memory import by_channel, taken_in
 
 ELEMENTS = 1 << 21  # of (k,t,c) at a time: some tens of megabytes
 CACHED = 1 << 18  # of (p,c,n) at a time: in a CPU's caches the blocks take less time
@@ -27,25 +31,26 @@ def hidden_attention(trace: LayerTrace, channels: int | Sequence[int] | None = N
     """The matrix M of one layer and one row of the batch, exact: M x is what the scan gives.
 
     Args:
-        channels: one gives (k,t), several (channels,k,t), None the mean over all channels (k,t).
+        channels: one gives (k,t), several (channels,k,t), None the mean over all channels (k,t). -1 is the last.
         tokens: a slice of the rows i of M, those whose reading is asked about; all k = t if None.
         skip: with D on the diagonal. gate: rows times silu(z_i). With both, M x is the layer's `y`.
 
     Memory is that of the answer and some tens of megabytes. Needs dt, B and C (with gate, z) in the trace; raises
-    AnymambaError without them or for channels that do not exist.
+    AnymambaError without them, and for channels, tokens or a row that do not exist.
     """
-    d = trace.A.shape[0]
     dt, B, C = _one_row(trace, row, "dt", "B", "C")
+    d = trace.A.shape[0]
     A, D = trace.A.to(dt.dtype), trace.D.to(dt.dtype)
     gates = F.silu(_one_row(trace, row, "z")[0]) if gate else None
     chosen = _choose_channels(channels, d)
-    rows = torch.arange(len(dt), device=dt.device)[slice(None) if tokens is None else tokens]
+    rows = torch.arange(len(dt), device=dt.device)[check_tokens(tokens)]
     total = dt.double().cumsum(0)
     out = dt.new_zeros(*([] if channels is None else [len(chosen)]), len(rows), len(dt))
     step = max(1, ELEMENTS // len(dt))
     for rows_at, some_rows in _pieces(rows, step):
         for at, some in _pieces(chosen, max(1, step // max(1, len(some_rows)))):
-            M = _matrix(some_rows, total[:, some], dt[:, some], A[some], B, C)
+            inputs = taken_in(trace, dt[:, some], _of(B, some), channels=some)
+            M = _matrix(some_rows, total[:, some], dt[:, some], A[some], inputs, _of(C, some))
             if skip:
                 M[torch.arange(len(some_rows)), some_rows] += D[some]
             if gate:
@@ -54,28 +59,31 @@ def hidden_attention(trace: LayerTrace, channels: int | Sequence[int] | None = N
                 out[rows_at] += M.sum(-1) / d
             else:
                 out[at, rows_at] = M.permute(2, 0, 1)
-    return out[0] if isinstance(channels, int) else out
+    return out[0] if is_whole(channels) else out
 
 
 def _matrix(rows, total, dt, A, B, C):
-    """(k,t,c) for rows (k,), total and dt (t,c), A (c,n), B and C (t,n)."""
+    """(k,t,c) for rows (k,), total and dt (t,c), A (c,n), B and C (t,e,n)."""
     span = (total[rows, None] - total).to(dt.dtype)
     future = torch.arange(len(dt), device=dt.device) > rows[:, None]
     span.masked_fill_(future[..., None], math.inf)  # whose share is exp(-inf) = 0
     M = torch.zeros_like(span)
     for i in range(A.shape[1]):
-        M += torch.exp(span * A[:, i]) * (C[rows, i, None] * B[:, i])[..., None]
+        M += torch.exp(span * A[:, i]) * (C[rows, None, :, i] * B[..., i])
     return M.mul_(dt)
 
 
 def carried(trace: LayerTrace, *, tokens: slice | None = None, row: int = 0) -> Tensor:
-    """What the state from before the text adds to the scan's output, without the gate: (k,d)."""
+    """What the state from before the text adds to the scan's output, without the gate: (k,d).
+
+    Needs dt, C and state. Raises AnymambaError as `hidden_attention`.
+    """
     dt, C, h = _one_row(trace, row, "dt", "C", "state")
-    rows = slice(None) if tokens is None else tokens
+    rows = check_tokens(tokens)
     total, C = dt.double().cumsum(0).to(dt.dtype)[rows], C[rows]
     out = torch.zeros_like(total)
     for i in range(trace.A.shape[1]):
-        out += torch.exp(total * trace.A[:, i]) * h[:, i] * C[:, i, None]
+        out += torch.exp(total * trace.A[:, i]) * h[:, i] * C[..., i]
     return out
 
 
@@ -83,18 +91,22 @@ def attention_blocks(trace: LayerTrace, size: int, channels: Sequence[int] | Non
     """`hidden_attention` made small: its mean over blocks of ⌈t/size⌉ tokens each way, (p,p) with p ≤ size.
 
     Exact, and without ever holding M: time O(t·d·n + p²·d·n), memory O(t·d). channels None gives the mean over all,
-    several (channels,p,p). The mean is over pairs j ≤ i; blocks above the diagonal are 0.
+    several (channels,p,p). The mean is over pairs j ≤ i; blocks above the diagonal are 0. Needs dt, B and C; raises
+    AnymambaError as `hidden_attention`, and for a size below 1.
     """
-    if size < 1:
-        raise AnymambaError(f"attention_blocks: size={size}, but it must be at least 1")
-    chosen = _choose_channels(channels, trace.A.shape[0])
+    if not is_whole(size) or size < 1:
+        raise AnymambaError(f"attention_blocks: size={size!r}, but it must be a whole number of at least 1")
     dt, B, C = _one_row(trace, row, "dt", "B", "C")
+    chosen = _choose_channels(channels, trace.A.shape[0])
     t, c, A = len(dt), -(-len(dt) // size), trace.A.to(dt.dtype)
     p = -(-t // c)
     # (p,c,…): block, place in it; steps of size 0 fill the last one up, and change nothing
-    dt, B, C = (F.pad(v, (0, 0, 0, p * c - t)).view(p, c, -1) for v in (dt, B, C))
-    few = max(1, CACHED // (p * A.shape[1]))
-    parts = [_block_sums(dt[..., some], A[some], B, C, channels is None) for _, some in _pieces(chosen, few)]
+    blocks = lambda v: torch.cat([v, v.new_zeros(p * c - t, *v.shape[1:])]).unflatten(0, (p, c))  # noqa: E731
+    parts = []
+    for _, some in _pieces(chosen, max(1, CACHED // (p * A.shape[1]))):
+        inputs = taken_in(trace, dt[:, some], _of(B, some), channels=some)
+        of_blocks = map(blocks, (dt[:, some], inputs, _of(C, some)))
+        parts.append(_block_sums(*of_blocks, A[some], channels is None))
     M = sum(parts) / len(chosen) if channels is None else torch.cat(parts)
     lengths = torch.full((p,), c, device=dt.device)
     lengths[-1] = t - (p - 1) * c
@@ -103,10 +115,10 @@ def attention_blocks(trace: LayerTrace, size: int, channels: Sequence[int] | Non
     return M[0] / pairs if channels is None else M / pairs
 
 
-def _block_sums(dt, A, B, C, together):
+def _block_sums(dt, B, C, A, together):
     """Sums of M over pairs of blocks, (d,p,p), or (1,p,p) of all channels together."""
     p = len(dt)
-    inside, wrote, reads, fade = _within(dt, A, B, C)
+    inside, wrote, reads, fade = _within(dt, B, C, A)
     fade = F.hardshrink(fade, NOTHING)
     if together:
         inside, wrote, reads, fade = inside.sum(-1, keepdim=True), *(v.reshape(p, 1, -1) for v in (wrote, reads, fade))
@@ -120,35 +132,37 @@ def _block_sums(dt, A, B, C, together):
     return M
 
 
-def _within(dt, A, B, C):
-    """Of each block (p,…): the sum of M on the diagonal (p,d), what it writes into the state from inputs of 1 (p,d,n),
-    what it reads of the state from before (p,d,n), and by how much that state fades (p,d,n)."""
+def _within(dt, B, C, A):
+    """From dt (p,c,d), B and C (p,c,e,n), A (d,n), of each block: the sum of M on the diagonal (p,d), what it writes
+    into the state from inputs of 1 (p,d,n), what it reads of the state from before (p,d,n), and by how much that state
+    fades (p,d,n)."""
     p, c, d = dt.shape
     fade, wrote = dt.new_ones(p, d, A.shape[1]), dt.new_zeros(p, d, A.shape[1])
     reads, inside = torch.zeros_like(wrote), dt.new_zeros(p, d)
     for i in range(c):
         A_bar = torch.exp(dt[:, i, :, None] * A)
-        wrote = A_bar * wrote + dt[:, i, :, None] * B[:, i, None]
+        wrote = A_bar * wrote + dt[:, i, :, None] * B[:, i]
         fade *= A_bar
-        reads += C[:, i, None] * fade
-        inside += (C[:, i, None] * wrote).sum(-1)
+        reads += C[:, i] * fade
+        inside += (C[:, i] * wrote).sum(-1)
     return inside, wrote, reads, fade
 
 
 def _one_row(trace, row, *parts):
-    """Parts of one row of the batch, in at least float32."""
-    values = trace.need(*parts)
-    if not -len(values[0]) <= row < len(values[0]):
-        raise AnymambaError(f"row {row} of a batch of {len(values[0])}")
-    return [v[row].to(torch.promote_types(v.dtype, torch.float32)) for v in values]
+    """Parts of one row of the batch, in at least float32; B and C as (t,e,n)."""
+    values = need(trace, *parts)
+    check_row(row, len(values[0]))
+    rows = [v[row].to(torch.promote_types(v.dtype, torch.float32)) for v in values]
+    return [by_channel(v[None])[0] if part in ("B", "C") else v for part, v in zip(parts, rows, strict=True)]
+
+
+def _of(v, channels):
+    """B or C (t,e,n) of these channels."""
+    return v if v.shape[1] == 1 else v[:, channels]
 
 
 def _choose_channels(channels, d):
-    chosen = range(d) if channels is None else [channels] if isinstance(channels, int) else channels
-    chosen = torch.as_tensor(list(chosen))
-    if len(chosen) == 0 or int(chosen.min()) < -d or int(chosen.max()) >= d:
-        raise AnymambaError(f"channels are {chosen.tolist()}, but the layer has channels 0 … {d - 1}")
-    return chosen
+    return torch.as_tensor(indices("channels", "layer", channels, d))
 
 
 def _pieces(indices, length):

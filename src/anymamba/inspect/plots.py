@@ -1,6 +1,7 @@
 """The page's pictures as PNG files, through matplotlib."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,14 +15,11 @@ MOST = 12  # layers with a map of their own in the picture, evenly spread
 def save_plots(summaries: Sequence[LayerSummary], folder: str | Path) -> list[Path]:
     """Write step_sizes.png, attention.png and horizons.png into a folder; returns their paths.
 
-    Raises AnymambaError where matplotlib is not installed.
+    Raises AnymambaError as `check_plots`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AnymambaError("pictures need matplotlib: pip install 'anymamba[plot]'") from None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = check_plots(folder)
+    from matplotlib.figure import Figure
+
     figures = {"step_sizes": _steps, "attention": _attention, "horizons": _horizons}
     out = []
     for name, draw in figures.items():
@@ -30,6 +28,18 @@ def save_plots(summaries: Sequence[LayerSummary], folder: str | Path) -> list[Pa
         out.append(folder / f"{name}.png")
         figure.savefig(out[-1], dpi=120)
     return out
+
+
+def check_plots(folder: str | Path) -> Path:
+    """Make the folder for pictures. Raises AnymambaError where that fails or matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise AnymambaError("pictures need matplotlib: pip install 'anymamba[plot]'")
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnymambaError(f"pictures need a folder, and {folder} cannot be one ({error}): choose another") from None
+    return folder
 
 
 def _steps(figure, summaries):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.ids import as_ids
-from anymamba.inspect.parts import choose_layers
+from anymamba.inspect.checks import checked_ids, choose_layers, is_finite, is_whole, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +24,7 @@ class Recall:
 
 
 @torch.no_grad()
-def recall(model: nn.Module, ids, lags: Sequence[int], *, layers: int | Iterable[int] | None = None,
+def recall(model: nn.Module, ids, lags: int | Sequence[int], *, layers: int | Iterable[int] | None = None,
            ridge: float = 1e-2, share: float = 0.75, batch_size: int = 64) -> Recall:  # fmt: skip
     """Fit a ridge regression from each layer's SSM state at the end of a text to the token read k steps before.
 
@@ -34,15 +33,17 @@ def recall(model: nn.Module, ids, lags: Sequence[int], *, layers: int | Iterable
         lags: the k, 0 is the last token. layers: which, all if None. ridge: strength, relative to the features' mean
             square. share: of the rows that the probe is fitted to, the first ones; the others test it.
 
-    The state alone is probed, not the last inputs that the convolution keeps. Raises AnymambaError for lags outside
-    the text, too few rows, or layers that do not exist.
+    The state alone is probed, not the last inputs that the convolution keeps; of any kind of mixer that has one. Raises
+    AnymambaError for lags outside the text, too few rows, layers that do not exist, or a model without a vocabulary.
     """
-    ids = as_ids(ids, "recall: ids", model.device).to(model.device)
-    b, t = ids.shape if ids.dim() == 2 else (0, 0)
-    lags, chosen, fitted = tuple(lags), tuple(choose_layers(model, layers)), int(b * share)
-    if not 1 <= fitted < b or ridge <= 0:
-        raise AnymambaError(f"recall: ids {tuple(ids.shape)}, {share=}, {ridge=}: need rows (b,t) to fit and to test")
-    if not lags or not all(0 <= k < t for k in lags):
+    ids = checked_ids("recall", model, ids, dims=2)
+    b, t = ids.shape
+    lags, chosen = tuple(listed(lags)), tuple(choose_layers(model, layers))
+    fitted = int(b * share) if is_finite(share) else 0
+    if not 1 <= fitted < b or not is_finite(ridge) or ridge <= 0 or not is_whole(batch_size) or batch_size < 1:
+        raise AnymambaError(f"recall: ids {tuple(ids.shape)}, {share=}, {ridge=}, {batch_size=}: need rows (b,t) to "
+                            "fit and to test, a share of them between 0 and 1, a ridge above 0")  # fmt: skip
+    if not lags or not all(is_whole(k) and 0 <= k < t for k in lags):
         raise AnymambaError(f"recall: lags {lags}, but texts of {t} tokens have lags 0 … {t - 1}")
     states = {i: [] for i in chosen}
     for part in ids.split(batch_size):

@@ -6,7 +6,7 @@ Axes: t time, d channels, n d_state, p blocks of tokens.
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.ids import as_ids
 from anymamba.inspect.attention import attention_blocks
 from anymamba.inspect.capture import LayerTrace, capture
+from anymamba.inspect.checks import checked_ids
 from anymamba.inspect.memory import horizon, write_strength
 
 CHANNELS = 7  # shown beside the mean of all: from the one that forgets first to the one that keeps longest
@@ -40,22 +40,26 @@ class LayerSummary:
     maps: Tensor  # (1 + channels,p,p) hidden attention: the mean of all channels, then theirs
 
 
-def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SIDE) -> list[LayerSummary]:
-    """What a text (t,) does in each layer; maps have at most `side` blocks each way.
+def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SIDE,
+              on_layer: Callable[[], None] | None = None) -> list[LayerSummary]:  # fmt: skip
+    """What a text (t,) does in each layer; maps have at most `side` blocks each way. on_layer is called after each.
 
     Raises AnymambaError for a text that is not (t,) with t ≥ 1, and as `capture` does.
     """
-    ids = as_ids(ids, "inspect: ids", model.device).to(model.device)
-    if ids.dim() != 1 or len(ids) == 0:
-        raise AnymambaError(f"inspect: ids are {tuple(ids.shape)}, but must be (t,) with t ≥ 1: one text")
+    ids = checked_ids("summarise", model, ids, dims=1)
+    if len(ids) == 0:
+        raise AnymambaError("summarise: ids are (0,), but must be (t,) with t ≥ 1: one text")
     count = len(model.backbone.layers)
     together = max(1, TRACE_BYTES // (8 * len(ids) * model.config.d_inner))
     out = []
     for start in range(0, count, together):
         group = range(start, min(start + together, count))
         trace = capture(model, ids[None], layers=group, keep=("dt", "B", "C", "x"))
-        with _one_thread():
-            out += [_summarise_layer(trace.layers[i], channels, side) for i in group]
+        for i in group:
+            with _one_thread():
+                out.append(_summarise_layer(trace.layers[i], channels, side))
+            if on_layer is not None:
+                on_layer()
     return out
 
 

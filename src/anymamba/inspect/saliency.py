@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import AnymambaError
-from anymamba.generate.checks import require_vocabulary
-from anymamba.ids import as_ids
+from anymamba.inspect.checks import check_state, checked_ids, is_whole, listed
 from anymamba.state import MambaState
 
 
@@ -21,7 +20,7 @@ def gradient_saliency(model: nn.Module, ids, target: int | None = None, *, state
     would lose if the token's embedding were 0; memory is that of a training step. Raises AnymambaError for a model
     without a vocabulary, and for ids or a target outside it.
     """
-    ids = _check(model, ids, target, least=1)
+    ids = _check(model, ids, target, state, least=1)
     with torch.enable_grad():
         x = model.backbone.embedding(ids).detach().requires_grad_()
         scores = _log_probabilities(model, model(embeddings=x, state=state, last_only=True).logits)[0]
@@ -44,10 +43,11 @@ def ablation_saliency(model: nn.Module, ids, target: int | None = None, *, token
 
     Raises AnymambaError as `gradient_saliency`, and for a text of fewer than two tokens or indices outside of it.
     """
-    ids = _check(model, ids, target, least=2)
+    ids = _check(model, ids, target, state, least=2)
     t = ids.shape[1]
-    wanted = list(range(t) if tokens is None else tokens)
-    if not wanted or not all(isinstance(i, int) and 0 <= i < t for i in wanted) or batch_size < 1:
+    wanted = list(range(t)) if tokens is None else listed(tokens)
+    fits = bool(wanted) and all(is_whole(i) and 0 <= i < t for i in wanted)
+    if not fits or not is_whole(batch_size) or batch_size < 1:
         raise AnymambaError(f"ablation_saliency: tokens {wanted} of a text with tokens 0 … {t - 1}, {batch_size=}")
     whole = _log_probabilities(model, model(ids, state=state, last_only=True).logits)[0]
     target = int(whole.argmax()) if target is None else target
@@ -72,14 +72,18 @@ def ablation_saliency(model: nn.Module, ids, target: int | None = None, *, token
     return whole[target] - torch.stack([scores[i] for i in wanted])
 
 
-def _check(model, ids, target, least):
+def _check(model, ids, target, state, least):
     """ids (1,t)."""
-    require_vocabulary("inspect", model)
-    ids = as_ids(ids, "inspect: ids", model.device).to(model.device)
-    if ids.dim() != 1 or len(ids) < least:
-        raise AnymambaError(f"inspect: ids are {tuple(ids.shape)}, but must be (t,) with t ≥ {least}: one text")
-    if target is not None and not 0 <= target < model.config.vocab_size:
-        raise AnymambaError(f"inspect: target {target} is outside the vocabulary of {model.config.vocab_size}")
+    ids = checked_ids("saliency", model, ids, dims=1)
+    if len(ids) < least:
+        raise AnymambaError(f"saliency: ids are {tuple(ids.shape)}, but must be (t,) with t ≥ {least}: one text")
+    if state is not None:
+        check_state("saliency", state)
+        if state.batch_size != 1:
+            raise AnymambaError(f"saliency: a state of {state.batch_size} rows for one text: state.select([0])")
+    size = model.config.vocab_size
+    if target is not None and (not is_whole(target) or not 0 <= target < size):
+        raise AnymambaError(f"saliency: target {target!r} is outside the vocabulary of {size}: give one id")
     return ids[None]
 
 
