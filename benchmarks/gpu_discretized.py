@@ -55,6 +55,8 @@ def main() -> int:
             backend = "triton" if args.triton and rule != "mamba" else "cuda"
             with report.row(f"{shape} {rule}"):
                 arguments = inputs(*shape, strided=False)
+                if rule == "euler":  # beyond, it blows up, and so does every error, in whoever computes it
+                    arguments["A"] = arguments["A"].clamp(min=-0.2)
                 accuracy = summary(errors(rule, backend, arguments))
                 for i, times in enumerate(measure(ours(rule, backend), arguments)):
                     middle, (moved, exp) = median(times), floors(report, shape, i)

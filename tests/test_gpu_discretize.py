@@ -59,8 +59,8 @@ def test_pieces_of_time(rule, n):
     """Few channels and a long text: time is cut, and what a piece begins with is found first."""
     from anymamba.kernels.cuda_plans import backward_plan, forward_plan
 
-    assert min(forward_plan(1, 1100, 40, n)[0], backward_plan(1, 1100, 40, n)[0]) > 1
-    arguments = scan_arguments(1, 1100, 40, n)
+    assert min(forward_plan(1, 2000, 40, n)[0], backward_plan(1, 2000, 40, n)[0]) > 1
+    arguments = scan_arguments(1, 2000, 40, n)
     if rule == "euler":
         arguments["A"] = arguments["A"].clamp(min=-0.2)
     check_law(rule, "cuda", arguments)

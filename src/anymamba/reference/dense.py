@@ -27,7 +27,7 @@ def chunked(x, A_bar, B_bar, C, initial_state=None, lengths=None, *, chunk_size=
     """
     b, t, d = x.shape
     h = x.new_zeros(b, *B_bar.shape) if initial_state is None else initial_state
-    if t == 0:
+    if x.numel() == 0:
         return x, h
     c = 1
     while c < min(t, chunk_size):
