@@ -104,8 +104,9 @@ def bounds(cu_seqlens, x, backend):
 
 def _placed(cu_seqlens, device):
     dtype = cu_seqlens.dtype if cu_seqlens.dtype in (torch.int32, torch.int64) else torch.int64
-    # a copy from pinned memory that nobody waits for would see what is written there next
-    return cu_seqlens.to(device, dtype, non_blocking=not cu_seqlens.is_pinned()).contiguous()
+    # a copy from pinned memory that nobody waits for would see what is written there next; a compiler cannot ask
+    wait = torch.compiler.is_compiling() or cu_seqlens.is_pinned()
+    return cu_seqlens.to(device, dtype, non_blocking=not wait).contiguous()
 
 
 def check_numba(x, cu_seqlens, backend):
