@@ -278,12 +278,14 @@ def test_operators_as_torch_sees_them(clean):
     a = on_gpu(scan_arguments(2, 70, 40, 16, dtype=torch.bfloat16))
     c = on_gpu(conv_arguments(2, 70, 40, dtype=torch.bfloat16))
     v = on_gpu(norm_arguments(2, 70, 40, dtype=torch.bfloat16))
-    values = {
-        "selective_scan": a | {"cu_seqlens": None, "save": True, "backend": explain("cuda", torch.bfloat16)[0]},
-        "causal_conv1d": c | {"silu": True, "cu_seqlens": None, "backend": "triton"},
-        "add_rms_norm": v | {"eps": 1e-5, "dtype": torch.bfloat16, "backend": "triton"},
-    }
-    for name, given in values.items():
+    scan = a | {"cu_seqlens": None, "save": True, "backend": explain("cuda", torch.bfloat16)[0]}
+    values = [
+        ("selective_scan", scan | {"rule": "mamba"}),
+        ("selective_scan", scan | {"rule": "zoh"}),
+        ("causal_conv1d", c | {"silu": True, "cu_seqlens": None, "backend": "triton"}),
+        ("add_rms_norm", v | {"eps": 1e-5, "dtype": torch.bfloat16, "backend": "triton"}),
+    ]
+    for name, given in values:
         op = getattr(torch.ops.anymamba, name).default
         args = [given[x.name] for x in op._schema.arguments]
         leaves = [x.requires_grad_() if torch.is_tensor(x) else x for x in args]
