@@ -2,7 +2,7 @@
 are learned constants, trained alike (arXiv 2312.00752, section 4.6, the table on selective parameters).
 
     python benchmarks/ablation.py [VARIANT …] [--steps 1500] [--seeds 3] [--width 128] [--layers 4] [--batch 16]
-        [--seqlen 256] [--heldout 131072] [--lr 3e-3] [--jobs 1] [--save]
+        [--seqlen 256] [--heldout 131072] [--lr 3e-3] [--first-seed 0] [--jobs 1] [--save]
 
 Variants: none B C dt all, those of the table and the default; no-gate no-conv; s4 s4d rnn gru lstm, of the same
 width, so look at their parameters. Equal steps, batches and learning rate for all; bits per byte on the held-out tenth
@@ -93,7 +93,8 @@ def main():
                device=device, books=texts is not None, **vars(chosen))  # fmt: skip
     found = {name: [] for name in chosen.variants}
     # every variant once before any a second time; each in a process of its own, so that runs can stand side by side
-    todo = [(name, seed) for seed in range(chosen.seeds) for name in found]
+    first = chosen.first_seed
+    todo = [(name, seed) for seed in range(first, first + chosen.seeds) for name in found]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as pool:
         runs = [pool.submit(one_run, name, seed, chosen, texts, Path(folder)) for name, seed in todo]
         for (name, seed), run in zip(todo, runs, strict=True):
