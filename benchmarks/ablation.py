@@ -40,16 +40,8 @@ TABLE = ("none", "B", "C", "dt", "all")
 def options():
     parser = argparse.ArgumentParser(description="selective parameters, one at a time")
     parser.add_argument("variants", nargs="*", default=TABLE, metavar="VARIANT")
-    sizes = {
-        "steps": 1500,
-        "seeds": 3,
-        "width": 128,
-        "layers": 4,
-        "batch": 16,
-        "seqlen": 256,
-        "heldout": 2**17,
-        "jobs": 1,
-    }
+    sizes = {"steps": 1500, "seeds": 3, "width": 128, "layers": 4, "batch": 16, "seqlen": 256, "heldout": 2**17,
+             "first-seed": 0, "jobs": 1}  # fmt: skip
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
