@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 
-from anymamba import AnymambaError, Bidirectional, MambaConfig, MambaLM, model
+from anymamba import AnymambaError, Bidirectional, MambaConfig, MambaLM, export, model
 from anymamba.generate import Engine, PrefixCache, generate, read
+from anymamba.train import evaluate
 
 CONFIG = MambaConfig(vocab_size=None, d_model=16, n_layer=2, d_state=4)
 
@@ -156,6 +157,21 @@ def test_its_weights_are_saved_as_the_message_says(tmp_path):
     load_model(other, tmp_path / "weights.safetensors")
     assert torch.equal(other(ids).logits, lm(ids).logits)
     assert other.fingerprint() == lm.fingerprint() != masked_lm(seed=1).fingerprint()
+
+
+def test_compiled_inside_a_model_it_still_looks_ahead(tmp_path):
+    lm, ids = masked_lm(), texts()
+    want = lm(ids).logits
+    for block in lm.backbone.layers:
+        block.mixer = torch.compile(block.mixer, backend="eager")
+    out = lm(ids)
+    close(out.logits, want)
+    assert out.state is None
+    with pytest.raises(AnymambaError, match="no format says so"):
+        lm.save_pretrained(tmp_path / "model")
+    for refused in (lambda: export.chunk(lm, 4), lambda: evaluate(lm, ids[0], context=4, carry=True)):
+        with pytest.raises(AnymambaError, match="hears both directions"):
+            refused()
 
 
 def test_it_computes_twice():

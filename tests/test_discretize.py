@@ -396,6 +396,9 @@ def test_what_the_scan_refuses_and_explains():
         ops.selective_scan(**arguments, discretization="zoh", backend="cuda")
     with pytest.raises(AnymambaError, match=r"cu_seqlens is \[0, 3\], but it must start at 0"):
         ops.selective_scan(**arguments, discretization="zoh", cu_seqlens=torch.tensor([0, 3]))
+    inputs = [arguments[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    with pytest.raises(AnymambaError, match="rule='zoh' with backend='numba', but only the CUDA kernels"):
+        torch.ops.anymamba.selective_scan(*inputs, True, None, None, False, "numba", "zoh")
     leaves = map_tensors(lambda v: v.requires_grad_(), arguments)
     y, _ = ops.selective_scan(**leaves, discretization="zoh", backend="numba")
     (first,) = torch.autograd.grad(y.sum(), leaves["dt"], create_graph=True)

@@ -185,3 +185,8 @@ def test_the_command_refuses(command, tmp_path):
     (tmp_path / "b.onnx").write_text("")
     assert "--force to overwrite it" in command("export", DEFAULT_MODEL, "-o", tmp_path / "b.onnx")[2]
     assert [p.name for p in tmp_path.iterdir()] == ["b.onnx"]
+
+
+def test_complex_numbers_do_not_go_to_onnx(runtime, tmp_path):
+    with pytest.raises(AnymambaError, match="mixer='s4d' computes with complex numbers"):
+        export.onnx(small(mixer="s4d", d_state=6), tmp_path / "model.onnx")

@@ -54,13 +54,13 @@ def test_sizes(rule, backend, dtype, b, t, d, n):
 
 
 @rules
-@pytest.mark.parametrize("n", [4, 16, 64])
-def test_pieces_of_time(rule, n):
+@pytest.mark.parametrize(("n", "dtype"), [(4, torch.float32), (16, torch.bfloat16), (64, torch.float32)], ids=str)
+def test_pieces_of_time(rule, n, dtype):
     """Few channels and a long text: time is cut, and what a piece begins with is found first."""
     from anymamba.kernels.cuda_plans import backward_plan, forward_plan
 
     assert min(forward_plan(1, 2000, 40, n)[0], backward_plan(1, 2000, 40, n)[0]) > 1
-    arguments = scan_arguments(1, 2000, 40, n)
+    arguments = scan_arguments(1, 2000, 40, n, dtype=dtype)
     if rule == "euler":
         arguments["A"] = arguments["A"].clamp(min=-0.2)
     check_law(rule, "cuda", arguments)
@@ -77,6 +77,14 @@ def test_groups(backend, groups):
 def test_a_constant_B_and_no_options(rule, backend):
     arguments = scan_arguments(2, 70, 80, 16, without=OPTIONAL)
     check_law(rule, backend, arguments | {"B": torch.randn(80, 16)})
+
+
+@backends
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+def test_states_that_stay_or_grow(rule, backend):
+    arguments = scan_arguments(1, 40, 24, 16)
+    arguments["A"][:, 0], arguments["A"][:, 1] = 0.0, 0.3
+    check_law(rule, backend, arguments)
 
 
 @backends

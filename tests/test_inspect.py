@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from anymamba import AnymambaError, MambaConfig, MambaLM, SamplingConfig, SequenceModel, inspect
 from anymamba import model as model_module
-from anymamba.generate import PrefixCache, generate
-from anymamba.inspect import parts
+from anymamba.generate import Engine, PrefixCache, Request, generate
+from anymamba.inspect import attention, parts
 from anymamba.inspect.capture import SCAN
 from anymamba.layers import quantize
 from anymamba.reference import selective_scan
@@ -350,7 +350,7 @@ def test_saliency_refuses(model):
         lambda: inspect.gradient_saliency(model, text()): r"ids are \(1, 37\) torch.int64, but must be \(t,\)",
         lambda: inspect.ablation_saliency(model, [3]): r"must be \(t,\) with t ≥ 2",
         lambda: inspect.gradient_saliency(model, [3, 4], 11): "target 11 is outside the vocabulary of 11",
-        lambda: inspect.ablation_saliency(model, [3, 4], tokens=[2]): r"tokens \[2\] of a text with tokens 0 … 1",
+        lambda: inspect.ablation_saliency(model, [3, 4], tokens=[2]): r"tokens \[2\], but the text has tokens 0 … 1",
     }.items():
         with pytest.raises(AnymambaError, match=message):
             call()
@@ -499,6 +499,40 @@ def test_a_generated_text_is_recorded_as_one(model):
         model(text(b=1))
         with pytest.raises(AnymambaError, match="calls of 2 and of 1 rows do not join in time"):
             seen.layer(0)
+    with inspect.recording(model) as seen:
+        model(text())
+        model(text(seed=1))
+    with pytest.raises(AnymambaError, match=r"run on a second text.*record each apart"):
+        seen.layer(0)
+
+
+def test_a_text_of_an_engine_is_recorded(model):
+    prompt = text(t=23)[0].tolist()
+    with inspect.recording(model, 1) as seen:
+        (completion,) = Engine(model).submit(Request(prompt=prompt, max_new_tokens=4)).result()
+    got = seen.layer(1).dt
+    want = inspect.capture(model, [prompt + completion.ids]).layers[1].dt
+    assert got.shape[1] >= 26
+    torch.testing.assert_close(got, want[:, : got.shape[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_saliency_in_inference_mode_and_for_a_target_of_torchs(model):
+    ids = text()[0]
+    want = inspect.gradient_saliency(model, ids, 5)
+    with torch.inference_mode():
+        got = inspect.gradient_saliency(model, ids + 0, torch.tensor(5))
+    torch.testing.assert_close(got, want)
+
+
+def test_zero_order_hold_takes_a_few_channels_at_a_time(monkeypatch):
+    layer = inspect.capture(make(discretization="zoh"), text()).layers[0]
+    M, blocks = inspect.hidden_attention(layer), inspect.attention_blocks(layer, 5)
+    monkeypatch.setattr("anymamba.inspect.attention.ELEMENTS", 37 * 5 * 3)  # three channels
+    seen, real = [], attention.taken_in
+    monkeypatch.setattr(attention, "taken_in", lambda *v, **k: seen.append(len(k["channels"])) or real(*v, **k))
+    torch.testing.assert_close(inspect.attention_blocks(layer, 5), blocks)
+    assert max(seen) == 3
+    torch.testing.assert_close(inspect.hidden_attention(layer), M)
 
 
 def test_every_call_of_generate_begins_a_patch_anew(model):
@@ -611,11 +645,11 @@ def test_a_sequence_model_is_seen_and_patched():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     both = make_sequence(bidirectional=True)
     for call, message in {
-        lambda: inspect.capture(both, x): "layer 0 is Bidirectional, ",
+        lambda: inspect.capture(both, x): "layer 0 is Bidirectional and hears both directions",
         lambda: inspect.capture(model, x.tolist()): "a list for a model that reads features",
         lambda: inspect.capture(model.mamba, x.long()): "a torch.int64 for a model that reads features",
         lambda: inspect.capture(model, x, return_states=3): "return_states is for a MambaLM",
-        lambda: inspect.capture(model, x[..., :2]): r"must be real numbers \(batch, seqlen ≥ 1, 3\)",
+        lambda: inspect.capture(model, x[..., :2]): r"must be real numbers \(batch ≥ 1, seqlen ≥ 1, 3\)",
         lambda: inspect.recall(model, text(b=9), 1): "recall: this model has no vocabulary",
     }.items():
         with pytest.raises(AnymambaError, match=message):
@@ -694,7 +728,7 @@ def test_bad_arguments_of_every_kind(model, layer):
         lambda: inspect.gradient_saliency(model, [3, 4], state=3): "saliency: the state is a int",
         lambda: inspect.gradient_saliency(model, [3, 4], state=a.fork(2)): "a state of 2 rows for one text",
         lambda: inspect.gradient_saliency(None, [3, 4]): "a NoneType cannot be looked into",
-        lambda: inspect.ablation_saliency(model, [3, 4], tokens=1.0): r"tokens \[1.0\] of a text with tokens 0 … 1",
+        lambda: inspect.ablation_saliency(model, [3, 4], tokens=1.0): r"tokens \[1.0\], but the text has tokens 0 … 1",
         lambda: inspect.ablation_saliency(model, [3, 4], batch_size=0): "batch_size=0",
         lambda: inspect.ablation_saliency(model, [3, 4], batch_size="2"): "batch_size='2'",
         lambda: inspect.recall(model, ids[0], 3): r"recall: ids are \(37,\) torch.int64, but must be \(b,t\)",

@@ -232,6 +232,12 @@ def test_attach_refuses(options, words):
         lora.attach(small(), **options)
 
 
+def test_the_usual_targets_are_those_that_there_are():
+    adapter = lora.attach(small(mixer="s4d", d_state=6))
+    changed = {name.split(".")[-4] for name, _ in adapter.model.named_parameters() if "lora_A" in name}
+    assert changed == {"in_proj", "out_proj"}
+
+
 def test_attach_refuses_models_that_cannot_have_one(monkeypatch):
     with pytest.raises(AnymambaError, match=r"quantised model cannot be trained.* merge, and quantise that"):
         lora.attach(quantize(small()))

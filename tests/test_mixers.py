@@ -11,6 +11,7 @@ from anymamba.generate import generate
 from anymamba.generate.decode import Decoder, _kernels_for
 from anymamba.layers import Block, quantize, sequence
 from anymamba.layers.inner import takes
+from anymamba.layers.mixers import KINDS
 from anymamba.layers.step import block_weights
 from anymamba.reference import discretize, hippo, lti
 from anymamba.state import LayerState, state_info
@@ -302,6 +303,23 @@ def test_nothing_to_read_changes_nothing(name):
     assert out.hidden.shape == (2, 0, SIZES["d_model"])
     assert torch.equal(out.state.layers[0].ssm, state.layers[0].ssm)
     assert features(embeddings=u[:0]).hidden.shape == (0, 5, SIZES["d_model"])
+
+
+@cases
+def test_a_mixer_alone_begins_as_in_a_model(name):
+    config = MambaConfig(**SIZES | CASES[name], initializer_range=1.0)
+    torch.manual_seed(0)
+    alone, within = KINDS[config.mixer](config), MambaLM(config).backbone.layers[0].mixer
+    for (key, p), q in zip(alone.named_parameters(), within.parameters(), strict=True):
+        assert bool(p.isfinite().all()), key
+        assert float(p.detach().abs().max()) == pytest.approx(float(q.detach().abs().max()), rel=0.5, abs=1e-6), key
+
+
+@cases
+def test_rows_that_are_all_padding(name):
+    out = make(name)(tokens(2, 5), lengths=[0, 0])
+    assert float(out.hidden.abs().max()) == 0
+    assert out.state.seen.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("change", "says"), [

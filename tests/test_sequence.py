@@ -237,6 +237,8 @@ def test_files_of_other_kinds_are_refused(tmp_path):
         ({"patch": 2, "stride": 3}, "patches of 2 samples every 3, but it must be 1 ≤ stride ≤ size"),
         ({"patch": 0}, "patch=0, but it must be a whole number of at least 1"),
         ({"outputs": 2.0}, "outputs=2.0, but it must be a whole number"),
+        ({"bidirectional": "no"}, "bidirectional='no', but it must be True or False"),
+        ({"config": {"d_model": 16}}, "a config is a dict, but must be a MambaConfig"),
         ({"config": CONFIG.replace(vocab_size=9)}, "vocab_size=9: make it with vocab_size=None"),
     ],
 )

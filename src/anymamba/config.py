@@ -141,6 +141,14 @@ class MambaConfig:
         return cls.from_dict(PRESETS[name] | changes)
 
 
+def check_config(config: Any) -> MambaConfig:
+    """The config itself. Raises AnymambaError for anything else."""
+    if not isinstance(config, MambaConfig):
+        raise AnymambaError(f"a config is a {type(config).__name__}, but must be a MambaConfig: MambaConfig(**sizes), "
+                            "or MambaConfig.preset(name)")  # fmt: skip
+    return config
+
+
 SELECTIVE = ("B", "C", "dt")
 CONVOLVING = ("mamba", "s4", "s4d")
 _CHOICES = {

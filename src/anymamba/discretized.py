@@ -2,8 +2,8 @@
 
     h_t = a(Δ_t A) h_{t-1} + Δ_t p(Δ_t A) B_t x_t;   y_t = C_t · h_t
 
-The kernels compute these two lines in float32; what is the same for every rule (softplus, skip, gate) is torch's here.
-The CUDA kernels of the scan know the rules themselves: `ops` goes to them first.
+Numba's and Triton's kernels compute these two lines in float32; what is the same for every rule (softplus, skip, gate)
+is torch's here. On NVIDIA GPUs, up to a d_state of 64, `ops` takes the scan's own CUDA kernels, which know the rules.
 The operator takes x and dt (b,t,d), A (d,n), and B, C as (b,t,g,n), one g for both, or constant (d,n).
 """
 

@@ -55,6 +55,9 @@ def chunk(model: MambaLM, length: int, batch_size: int = 1, *, plain: bool = Fal
     for name, size in (("length", length), ("batch_size", batch_size)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise AnymambaError(f"export: {name}={size!r}, but it must be a whole number of at least 1")
+    if not model.keeps_state:
+        raise AnymambaError("export: this model hears both directions, and the graph goes on from a state: call "
+                            "torch.export.export on the model itself")  # fmt: skip
     if model.config.vocab_size is None:
         raise AnymambaError("export: this model has no vocabulary, and the graph is from token ids to logits: call "
                             "torch.export.export on the model itself, with embeddings")  # fmt: skip
@@ -88,6 +91,9 @@ def onnx(model: MambaLM, path: str | os.PathLike, *, length: int = 1, batch_size
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise AnymambaError("export: a quantised model does not go to ONNX: export the model that it was made from, "
                             "and let the runtime's own tools quantise that")  # fmt: skip
+    if model.config.mixer == "s4d":
+        raise AnymambaError("export: mixer='s4d' computes with complex numbers, and ONNX has no operators for them: "
+                            "`chunk` exports it for torch")  # fmt: skip
     if any(p.dtype != torch.float32 for p in model.parameters()):
         model = copy.deepcopy(model).float()
     inputs, outputs = _names(model)

@@ -162,6 +162,9 @@ def _attach(model, config) -> Adapter:
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise AnymambaError("the model has an adapter already: merge it, or load the model again")
     targets = config.target_modules
+    if not isinstance(targets, str) and set(targets) == set(TARGETS):  # the default: those of them that there are
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = config.target_modules = {name for name in targets if name in names}
     if not isinstance(targets, str):  # one that is may be a pattern, and is left to peft
         _check_targets(model, targets)
     fingerprint = model.fingerprint()

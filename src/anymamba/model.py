@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anymamba.config import MambaConfig
+from anymamba.config import MambaConfig, check_config
 from anymamba.errors import AnymambaError
 from anymamba.ids import WHOLE, as_ids, as_tensor, check_labels
 from anymamba.layers import Block, Linear, QuantizedLinear, RMSNorm, is_bare, linear_cross_entropy
@@ -58,7 +58,7 @@ class MambaLM(nn.Module):
 
     def __init__(self, config: MambaConfig, *, device=None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.config = config
+        self.config = check_config(config)
         self.recompute = False  # recompute each block in backward: memory of one block instead of all
         self.dropout = 0.0  # share of what each block adds that is left out, in training mode
         self.backbone = Backbone(config, device=device, dtype=dtype)
@@ -109,9 +109,10 @@ class MambaLM(nn.Module):
             check_gaps(delta, (b, t), self.config.mixer)
         if return_states is not None and (lengths is not None or cu_seqlens is not None or t == 0):
             raise AnymambaError("return_states needs rows of one length, of a token or more, without cu_seqlens")
-        plain = lengths is None and cu_seqlens is None and labels is None and return_states is None and self.keeps_state
+        plain = lengths is None and cu_seqlens is None and labels is None and return_states is None
         piece = PIECE if self.device.type == "cpu" else 8 * PIECE
-        if plain and b * t > piece and t > 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if free and plain and b * t > piece and t > 1 and self.keeps_state:
             return self._in_pieces(ids, embeddings, state, last_only, delta, max(1, piece // b))
         x, index = self.backbone.embedding(ids) if embeddings is None else embeddings, None
         if lengths is not None:
@@ -152,7 +153,7 @@ class MambaLM(nn.Module):
             x = self._drop(x)
             layers.append(after)
         x, _ = self.backbone.norm_f(x, residual)
-        if not self.keeps_state:
+        if any(after is None for after in layers):  # a mixer that looks ahead
             return x, None
         if cu_seqlens is None:
             read = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
@@ -230,7 +231,7 @@ class MambaLM(nn.Module):
     @property
     def keeps_state(self) -> bool:
         """Whether every mixer only looks back: then what was read is a state to go on from."""
-        return all(getattr(type(block.mixer), "keeps_state", True) for block in self.backbone.layers)
+        return all(getattr(type(module), "keeps_state", True) for module in self.backbone.layers.modules())
 
     def tie_weights(self) -> None:
         if self.config.vocab_size is not None and self.config.tie_embeddings:

@@ -27,7 +27,7 @@ def pack(x: Tensor, lengths: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]
 def unpack(x: Tensor, index: Tensor, b: int, t: int) -> Tensor:
     """The inverse of `pack`: (1,total,m) → (b,t,m), zeros where there was padding."""
     out = x.new_zeros(b * t, x.shape[-1])
-    return out.index_copy(0, index, x[0]).view(b, t, -1)
+    return out.index_copy(0, index, x[0]).view(b, t, x.shape[-1])
 
 
 def as_lengths(lengths: Tensor, b: int, t: int, device: torch.device) -> Tensor:

@@ -138,17 +138,21 @@ def _dense_or_empty(v, like):
 def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend, rule="mamba"):
     check_numba(x, cu_seqlens, backend)
     y, final_state, saved = kernel(backend, "selective_scan")(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, **_other(rule)
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, **_other(rule, backend)
     )
     return y, final_state, _or_empty(saved, A)
 
 
-def _other(rule):
+def _other(rule, backend):
+    if rule != "mamba" and backend != "cuda":
+        raise AnymambaError(f"torch.ops.anymamba.selective_scan: rule={rule!r} with backend={backend!r}, but only the "
+                            "CUDA kernels of this operator know it; call ops.selective_scan")  # fmt: skip
     return {} if rule == "mamba" else {"rule": rule}
 
 
 @register_fake("anymamba::selective_scan")
 def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, save, backend, rule="mamba"):
+    _other(rule, backend)
     sequences, shape = count_sequences(x, cu_seqlens), (0,)
     if save:
         groups = max(v.shape[2] if v.dim() == 4 else 1 for v in (B, C))
@@ -161,7 +165,7 @@ def _scan_backward(dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
                    rule="mamba"):  # fmt: skip
     check_numba(x, cu_seqlens, backend)
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = kernel(backend, "selective_scan_backward")(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, **_other(rule)
+        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens, saved, **_other(rule, backend)
     )
     return dx, ddt, dA, dB, dC, _or_empty(dD, A), _or_empty(dz, x), _or_empty(ddt_bias, A), dinitial
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anymamba.checkpoint.assemble import fill
 from anymamba.checkpoint.folder import CONFIG, read_settings, read_tensors, write_safetensors, write_settings
-from anymamba.config import MambaConfig
+from anymamba.config import MambaConfig, check_config
 from anymamba.errors import AnymambaError
 from anymamba.ids import WHOLE, as_tensor
 from anymamba.layers import Bidirectional, Linear
@@ -162,6 +162,10 @@ def _counted(after, before, samples):
 
 
 def _check(config: MambaConfig, settings: dict[str, Any]) -> None:
+    check_config(config)
+    if not isinstance(settings["bidirectional"], bool):
+        got = settings["bidirectional"]
+        raise AnymambaError(f"SequenceModel: bidirectional={got!r}, but it must be True or False")
     if config.vocab_size is not None:
         raise AnymambaError(f"a SequenceModel reads features, but its config has vocab_size={config.vocab_size}: make "
                             "it with vocab_size=None")  # fmt: skip

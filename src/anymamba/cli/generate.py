@@ -116,10 +116,19 @@ def _interactive(model: MambaLM, tokenizer: Tokenizer, options: Options, state: 
         state.save(options.save_state, model)  # without what comes next: it is the person's turn
 
 
+def stdin_text() -> str:
+    """Standard input, which is UTF-8 whatever the terminal's locale. Raises AnymambaError if it is not."""
+    raw = getattr(sys.stdin, "buffer", None)
+    try:
+        return sys.stdin.read() if raw is None else raw.read().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise AnymambaError(f"standard input is not UTF-8 text ({error}); convert it first") from None
+
+
 def _continue(
     model: MambaLM, tokenizer: Tokenizer, options: Options, state: MambaState | None, logits: torch.Tensor | None
 ) -> None:
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+    text = stdin_text() if options.prompt == "-" else options.prompt or ""
     prompt = tokenizer.encode(text).tolist()
     if not prompt and state is not None and logits is None:
         raise AnymambaError(f"{options.state} does not say what comes next, only what was read: give a --prompt")

@@ -1,6 +1,5 @@
 """anymamba inspect"""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
-from anymamba.cli.generate import DEFAULT_MODEL
+from anymamba.cli.generate import DEFAULT_MODEL, stdin_text
 from anymamba.cli.state import check_output
 from anymamba.data import StreamDecoder, Tokenizer
 from anymamba.errors import AnymambaError
@@ -71,13 +70,12 @@ def main(argv: list[str]) -> int:
 
 
 def _text(options: Options) -> str:
-    source = "standard input" if options.file is None else options.file
+    if options.file is None:
+        return stdin_text() if options.prompt == "-" else options.prompt
     try:
-        if options.file is not None:
-            return Path(options.file).read_text(encoding="utf-8")
-        return sys.stdin.read() if options.prompt == "-" else options.prompt
+        return Path(options.file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise AnymambaError(f"{source} is not UTF-8 text ({error}); convert it first") from None
+        raise AnymambaError(f"{options.file} is not UTF-8 text ({error}); convert it first") from None
 
 
 @contextmanager

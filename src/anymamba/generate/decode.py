@@ -29,8 +29,8 @@ class Decoder:
     state_dtype: in what the SSM states are kept between tokens. Below float32 saves memory and, for large batches,
         time; what it costs is in docs/inference.md. The recurrence itself always runs in float32.
 
-    It has looked at the model's parameters when a step begins a batch of another size; parameters that change in place
-    are seen only from then on.
+    It has looked at the model's parameters and hooks when a step begins a batch of another size; parameters that change
+    in place and hooks that are set or removed are seen only from then on.
     """
 
     def __init__(self, model: torch.nn.Module, *, state_dtype: torch.dtype = torch.float32):
@@ -74,7 +74,7 @@ def _kernels_for(model: MambaLM) -> ModuleType | None:
     dtypes = {p.dtype for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")}
     backbone, head = model.backbone, model.lm_head
     bare = is_bare(head) or (type(head) is QuantizedLinear and head.bias is None and is_plain(head))
-    plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and bare and not is_watched(model)
+    plain = is_plain(backbone.embedding) and is_plain(backbone.norm_f) and bare
     own = getattr(model.forward, "__func__", None) is not MambaLM.forward
     drops = model.dropout and model.training
     if own or not plain or drops or len(dtypes) > 1 or torch.is_autocast_enabled(model.device.type):

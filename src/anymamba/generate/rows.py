@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from anymamba.data.tokenizer import StreamDecoder
 from anymamba.generate.sampling import SamplingConfig, mask_padding
 from anymamba.state import MambaState
@@ -109,6 +111,14 @@ class Text:
         places = [i for s in self.stop_strings if (i := self.text.find(s, self.taken)) >= 0]
         if places:
             self.text, self.stopped = self.text[: min(places)], True
+
+
+def as_lengths(counts, device):
+    """Tokens of each row for a model; None where all are as long as the longest.
+
+    With lengths a model lays rows end to end, where `inspect` cannot tell one from the next.
+    """
+    return torch.tensor(counts, device=device) if min(counts) < max(counts) else None
 
 
 def read(model, ids, state, lengths=None):

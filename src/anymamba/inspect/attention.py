@@ -48,7 +48,7 @@ def hidden_attention(trace: LayerTrace, channels: int | Sequence[int] | None = N
     out = dt.new_zeros(*([] if channels is None else [len(chosen)]), len(rows), len(dt))
     step = max(1, ELEMENTS // len(dt))
     for rows_at, some_rows in _pieces(rows, step):
-        for at, some in _pieces(chosen, max(1, step // max(1, len(some_rows)))):
+        for at, some in _pieces(chosen, _at_once(trace, len(dt), step // max(1, len(some_rows)))):
             inputs = taken_in(trace, dt[:, some], _of(B, some), channels=some)
             M = _matrix(some_rows, total[:, some], dt[:, some], A[some], inputs, _of(C, some))
             if skip:
@@ -60,6 +60,12 @@ def hidden_attention(trace: LayerTrace, channels: int | Sequence[int] | None = N
             else:
                 out[at, rows_at] = M.permute(2, 0, 1)
     return out[0] if is_whole(channels) else out
+
+
+def _at_once(trace, t, channels):
+    """So many channels, or fewer where `taken_in` has a (t,c,n) of them."""
+    most = channels if trace.discretization == "mamba" else ELEMENTS // (t * trace.A.shape[1])
+    return max(1, min(channels, most))
 
 
 def _matrix(rows, total, dt, A, B, C):
@@ -103,7 +109,7 @@ def attention_blocks(trace: LayerTrace, size: int, channels: Sequence[int] | Non
     # (p,c,…): block, place in it; steps of size 0 fill the last one up, and change nothing
     blocks = lambda v: torch.cat([v, v.new_zeros(p * c - t, *v.shape[1:])]).unflatten(0, (p, c))  # noqa: E731
     parts = []
-    for _, some in _pieces(chosen, max(1, CACHED // (p * A.shape[1]))):
+    for _, some in _pieces(chosen, _at_once(trace, t, CACHED // (p * A.shape[1]))):
         inputs = taken_in(trace, dt[:, some], _of(B, some), channels=some)
         of_blocks = map(blocks, (dt[:, some], inputs, _of(C, some)))
         parts.append(_block_sums(*of_blocks, A[some], channels is None))

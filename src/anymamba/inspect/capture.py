@@ -43,7 +43,8 @@ class LayerTrace:
         """These parts, in this order. Raises AnymambaError if one was not kept."""
         missing = [part for part in parts if getattr(self, part) is None]
         if missing:
-            raise AnymambaError(f"layer {self.layer} was recorded without {', '.join(missing)}: add them to keep")
+            raise AnymambaError(f"layer {self.layer} was recorded without {', '.join(missing)}: add them to keep, "
+                                "if the model has them")  # fmt: skip
         return [getattr(self, part) for part in parts]
 
 
@@ -70,6 +71,7 @@ class _Kept:
     parts: dict[str, list[Tensor]]
     constants: list[str]
     calls: list[tuple[int, int]] = field(default_factory=list)
+    beginnings: list[int] = field(default_factory=list)  # calls that did not go on from a state
 
 
 class Recording:
@@ -82,7 +84,7 @@ class Recording:
     def layer(self, i: int) -> LayerTrace:
         """One layer; calls of the model one after the other are joined in time.
 
-        Raises AnymambaError if the model has not run, the layer was not asked for, or calls had different rows.
+        Raises AnymambaError if the model has not run, the layer was not asked for, or calls are not one text.
         """
         layers = self._model.backbone.layers
         (at,) = indices("layers", "model", i, len(layers)) if is_whole(i) else (None,)
@@ -93,6 +95,9 @@ class Recording:
         if len(rows) > 1:
             raise AnymambaError(f"calls of {rows[0]} and of {rows[1]} rows do not join in time: a text that ends "
                                 "before others leaves the batch; record one text at a time")  # fmt: skip
+        if any(kept.beginnings):
+            raise AnymambaError("the model was run on a second text, which did not go on from the first one's state: "
+                                "record each apart")  # fmt: skip
         values = {k: v[0] if k == "state" else torch.cat(v, 1) for k, v in kept.parts.items()}
         for name in kept.constants:
             v = _constant(mixer, name)
@@ -112,8 +117,8 @@ def recording(model: nn.Module, layers: int | Iterable[int] | None = None,
               keep: str | Iterable[str] | None = None) -> Iterator[Recording]:  # fmt: skip
     """While this is open, whatever runs the model is recorded: a forward pass, training, or `generate`.
 
-    Calls of the model one after the other are taken for one text, read in pieces. What a PrefixCache spares the model
-    is not seen.
+    Calls of the model one after the other, each with the state of the one before, are one text read in pieces. What a
+    PrefixCache spares the model is not seen.
 
     Args:
         model: a MambaLM, or a SequenceModel whose blocks look back only.
@@ -136,7 +141,7 @@ def recording(model: nn.Module, layers: int | Iterable[int] | None = None,
             parts = [part for part in wanted if keep is not None or part not in absent(block.mixer)]
             fixed = [part for part in parts if part in constants(block.mixer)]
             kept[i] = _Kept({part: [] for part in parts if part not in fixed}, fixed)
-            stack.callback(block.register_forward_pre_hook(_note_call(model, kept[i].calls)).remove)
+            stack.callback(block.register_forward_pre_hook(_note_call(model, kept[i])).remove)
             for part, values in kept[i].parts.items():
                 stack.callback(listen(block, part, _keeper(values, first_only=part == "state")).remove)
         yield Recording(model, kept)
@@ -150,14 +155,16 @@ def _keeper(values, first_only):
     return keep
 
 
-def _note_call(model, calls):
+def _note_call(model, kept):
     def note(block, args):
         if args[3] is not None:
             raise AnymambaError("rows of several lengths (lengths, cu_seqlens) are not recorded; give them apart")
         if len(args) > 5 and args[5] is not None:
             raise AnymambaError("steps that gaps in time (delta) multiply are not recorded; leave delta out")
         refuse_recompute(model)
-        calls.append(tuple(args[0].shape[:2]))
+        if args[2] is None:
+            kept.beginnings.append(len(kept.calls))
+        kept.calls.append(tuple(args[0].shape[:2]))
 
     return note
 

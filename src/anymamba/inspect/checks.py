@@ -31,6 +31,8 @@ def listed(values: Any) -> list:
 
 
 def is_whole(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.dtype in WHOLE
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -61,8 +63,10 @@ def check_tokens(tokens: Any) -> slice:
     """A slice of the time axis, the whole if None. Raises AnymambaError for what torch cannot take as one."""
     if tokens is None:
         return slice(None)
-    bounds = (tokens.start, tokens.stop, tokens.step) if isinstance(tokens, slice) else ("?",)
-    if not all(v is None or is_whole(v) for v in bounds) or (bounds[2] is not None and bounds[2] < 1):
+    whole = isinstance(tokens, slice) and all(
+        v is None or is_whole(v) for v in (tokens.start, tokens.stop, tokens.step)
+    )
+    if not whole or (tokens.step is not None and tokens.step < 1):
         raise AnymambaError(f"tokens={tokens!r}, but it must be a slice that goes forwards: slice(3, 4) is token 3")
     return tokens
 

@@ -42,12 +42,16 @@ def check_model(model: Any) -> None:
         mixer, config = block.mixer, getattr(block.mixer, "config", None)
         if type(mixer) is MambaMixer and config.discretization in FADING:
             continue
-        what = type(mixer).__name__ if config is None else f"of mixer={config.mixer!r}"
+        what, others = type(mixer).__name__, ". recall, edit_state, mix_states and the saliencies take other mixers"
         if type(mixer) is MambaMixer:
             what = f"of discretization={config.discretization!r}"
+        elif not getattr(mixer, "keeps_state", True):
+            what, others = f"{what} and hears both directions", ""
+        elif config is not None:
+            what = f"of mixer={config.mixer!r}"
         raise AnymambaError(
             f"layer {i} is {what}, which has no steps that the state fades by: only mixer='mamba' with discretization "
-            "'mamba' or 'zoh' can be looked into. recall, edit_state, mix_states and the saliencies take other mixers"
+            f"'mamba' or 'zoh' can be looked into{others}"
         )
 
 

@@ -50,6 +50,9 @@ def summarise(model: nn.Module, ids, *, channels: int = CHANNELS, side: int = SI
     if len(ids) == 0:
         raise AnymambaError("summarise: ids are (0,), but must be (t,) with t ≥ 1: one text")
     count = len(model.backbone.layers)
+    if not model.config.selects:
+        raise AnymambaError("summarise: with selective='' no step, B or C depends on the text, and what goes into the "
+                            "scan cannot be seen; hidden_attention of a captured layer gives its map")  # fmt: skip
     together = max(1, TRACE_BYTES // (8 * len(ids) * model.config.d_inner))
     out = []
     for start in range(0, count, together):

@@ -16,12 +16,13 @@ from anymamba.state import MambaState
 def gradient_saliency(model: nn.Module, ids, target: int | None = None, *, state: MambaState | None = None) -> Tensor:
     """Gradient × input of the log-probability that `target` follows: (t,) float32, one number a token of `ids` (t,).
 
-    target: a token id; the likeliest if None. state: what was read before. To first order it is what the prediction
-    would lose if the token's embedding were 0; memory is that of a training step. Raises AnymambaError for a model
-    without a vocabulary, and for ids or a target outside it.
+    target: a token id; the likeliest if None. Probabilities are over the vocabulary without its padding. state: what
+    was read before. To first order it is what the prediction would lose if the token's embedding were 0; memory is that
+    of a training step. Raises AnymambaError for a model without a vocabulary, and for ids or a target outside it.
     """
     ids = _check(model, ids, target, state, least=1)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = ids.clone()  # of inference_mode autograd would keep nothing
         x = model.backbone.embedding(ids).detach().requires_grad_()
         scores = _log_probabilities(model, model(embeddings=x, state=state, last_only=True).logits)[0]
         score = scores[scores.argmax() if target is None else target]
@@ -47,8 +48,12 @@ def ablation_saliency(model: nn.Module, ids, target: int | None = None, *, token
     t = ids.shape[1]
     wanted = list(range(t)) if tokens is None else listed(tokens)
     fits = bool(wanted) and all(is_whole(i) and 0 <= i < t for i in wanted)
-    if not fits or not is_whole(batch_size) or batch_size < 1:
-        raise AnymambaError(f"ablation_saliency: tokens {wanted} of a text with tokens 0 … {t - 1}, {batch_size=}")
+    if not fits:
+        raise AnymambaError(f"ablation_saliency: tokens {wanted}, but the text has tokens 0 … {t - 1}")
+    if not is_whole(batch_size) or batch_size < 1:
+        raise AnymambaError(
+            f"ablation_saliency: batch_size={batch_size!r}, but it must be a whole number of at least 1"
+        )
     whole = _log_probabilities(model, model(ids, state=state, last_only=True).logits)[0]
     target = int(whole.argmax()) if target is None else target
     scores, before, at = {}, MambaState.zeros(model.config, 1, device=ids.device, dtype=_dtype(model)), 0

@@ -23,10 +23,14 @@ __device__ __forceinline__ float two_to(int k) { return __int_as_float((127 + k)
 // scaled alike when they are made ready, and one product a tile takes it back.
 __device__ __forceinline__ float twice_decay(float step, float a) { return ex2(fmaf(step, a, 1.f)); }
 
-// What a step does, by RULE: 0 Mamba's own, 1 zero-order hold, 2 bilinear, 3 Euler. h' = twice / 2 h + q B x; with another
-// rule than Mamba's q has the step size in it, and a decay is 1 + z p, where z = step a and q = step p. For gradients:
-// the derivative of the decay in z, which is that of q in the step too, and the one of q in a.
-struct Step { float twice, q, in_z, in_a; };
+// What a step does, by RULE: 0 Mamba's own, 1 zero-order hold, 2 bilinear, 3 Euler: h' = decay h + q B x. With another rule
+// than Mamba's the step size is in q = step p, and decay = 1 + z p, where z = step a.
+struct Step {
+    float twice;  // the decay, doubled
+    float q;
+    float in_z;   // derivative of the decay in z, and of q in the step
+    float in_a;   // derivative of q in a
+};
 
 #define UNIT (RULE ? 1.f : 1.44269504f)  // of what `a` holds times A: exp(v) = 2^(v log2 e)
 

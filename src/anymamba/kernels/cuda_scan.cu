@@ -1,7 +1,7 @@
 // Selective scan, forward: one pass over time with the state in registers. See reference/selective.py for the equation.
 //
 // A block walks a tile of T steps at a time: while it walks one, the next is made ready, one (step, channel) a lane, and
-// the one after that is on its way to shared memory. The walk itself costs five instructions a state and step. Sums over
+// the one after that is on its way to shared memory. The walk itself costs five instructions a state and step with Mamba's own rule. Sums over
 // the lanes of a channel are made for U steps together.
 #include "cuda_common.cuh"
 
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) scan_forward(
     saved += (p.slot * d + p.channel) * NP;
 
     float a[K] = {}, h[K] = {}, fixed_B[K] = {}, fixed_C[K] = {}, skip = 0.f, shift = 0.f, steps_sum = 0.f;
-    float inverse[K], decay[K];  // 1 / A; of the whole piece
+    float inverse[K], decay[K];  // 1 / A, for RULE 1; of the whole piece
     if (c < p.channels) {
         const i64 channel = p.channel + c;
         read_real(a, A + channel * N, j);

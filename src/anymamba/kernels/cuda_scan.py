@@ -14,8 +14,6 @@ __all__ = ["missing", "saved_shape", "selective_scan", "selective_scan_backward"
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 64  # largest d_state; beyond, B and C of a chunk do not fit the shared memory of smaller GPUs
-
-
 RULES = {"mamba": 0, "zoh": 1, "bilinear": 2, "euler": 3}  # of discretisation, see reference/discretize.py
 
 

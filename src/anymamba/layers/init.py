@@ -5,17 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from anymamba.config import MambaConfig
-from anymamba.layers.mamba import MambaMixer
-from anymamba.layers.recurrent import RecurrentMixer
-from anymamba.layers.s4 import S4Mixer
-from anymamba.layers.s4d import S4DMixer
+from anymamba.config import CONVOLVING, MambaConfig
 from anymamba.reference import dplr
 from anymamba.reference.hippo import DIAGONALS
 
 
+@torch.no_grad()
 def init_mixer(mixer: nn.Module, c: MambaConfig) -> None:
-    """Fill in every parameter of a mixer.
+    """Fill in every parameter of a mixer; on meta there is nothing to fill.
 
     | parameter | value |
     |---|---|
@@ -26,16 +23,18 @@ def init_mixer(mixer: nn.Module, c: MambaConfig) -> None:
     | A_log, A_imag, P, B of S4 | HiPPO-LegS, in every channel (S4, arXiv 2111.00396, equation 2); C: N(0, 1) |
     | cell of an RNN, LSTM or GRU | torch's own, U(±1/√d_inner) |
     """
+    if mixer.out_proj.weight.is_meta:
+        return
     if c.bias:
         mixer.out_proj.bias.zero_()
-    if isinstance(mixer, RecurrentMixer):
+    if c.mixer not in CONVOLVING:
         mixer.cell.reset_parameters()
         _init_out(mixer, c)
         return
     uniform(mixer.in_proj.weight, c.d_model**-0.5)
     if c.bias:
         mixer.in_proj.bias.zero_()
-    if isinstance(mixer, MambaMixer) and c.selects:
+    if c.mixer == "mamba" and c.selects:
         uniform(mixer.x_proj.weight, c.d_inner**-0.5)
     _init_out(mixer, c)
     if c.use_conv:
@@ -43,9 +42,9 @@ def init_mixer(mixer: nn.Module, c: MambaConfig) -> None:
         if c.conv_bias:
             uniform(mixer.conv1d.bias, c.d_conv**-0.5)
     mixer.D.fill_(1)
-    if isinstance(mixer, S4Mixer):
+    if c.mixer == "s4":
         _init_s4(mixer, c)
-    elif isinstance(mixer, S4DMixer):
+    elif c.mixer == "s4d":
         _init_s4d(mixer, c)
     else:
         _init_mamba(mixer, c)
@@ -60,7 +59,7 @@ def _init_out(mixer, c):
     uniform(mixer.out_proj.weight, c.d_inner**-0.5 / math.sqrt(c.n_layer))
 
 
-def _init_mamba(mixer: MambaMixer, c: MambaConfig) -> None:
+def _init_mamba(mixer: nn.Module, c: MambaConfig) -> None:
     if "dt" in c.selects:
         uniform(mixer.dt_proj.weight, c.dt_scale * c.rank**-0.5)
     dt = _steps(c, mixer.D.device)
@@ -72,7 +71,7 @@ def _init_mamba(mixer: MambaMixer, c: MambaConfig) -> None:
     mixer.A_log.copy_(torch.log(torch.arange(1, c.d_state + 1, dtype=torch.float32)).expand_as(mixer.A_log))
 
 
-def _init_s4d(mixer: S4DMixer, c: MambaConfig) -> None:
+def _init_s4d(mixer: nn.Module, c: MambaConfig) -> None:
     A = DIAGONALS[c.s4d_init](c.d_state // 2)
     mixer.A_log.copy_(torch.log(-A.real).expand_as(mixer.A_log))
     mixer.A_imag.copy_(A.imag.expand_as(mixer.A_imag))
@@ -80,7 +79,7 @@ def _init_s4d(mixer: S4DMixer, c: MambaConfig) -> None:
     mixer.log_dt.copy_(torch.log(_steps(c, mixer.D.device)))
 
 
-def _init_s4(mixer: S4Mixer, c: MambaConfig) -> None:
+def _init_s4(mixer: nn.Module, c: MambaConfig) -> None:
     a, omega, P, B = dplr.legs(c.d_state)
     for parameter, row in ((mixer.A_log, torch.log(a)), (mixer.A_imag, omega), (mixer.P, P), (mixer.B, B)):
         parameter.copy_(row.expand_as(parameter))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.layers.exact import ExactParameters
+from anymamba.layers.init import init_mixer
 from anymamba.layers.inner import mamba_inner, takes
 from anymamba.layers.irregular import gap_steps
 from anymamba.layers.linear import Linear, StepProjection
@@ -22,10 +23,11 @@ class MambaMixer(ExactParameters):
     """Mixes along time: (b,t,m) → (b,t,m). Parameter names and shapes are those of the published checkpoints.
 
     `selective`, `gate` and `use_conv` of the config leave parts out, for ablations (the paper's section 4.6): a B, C or
-    dt that does not depend on the input is a parameter of its own, and nothing exists that is not used.
+    dt that does not depend on the input is a parameter of its own, and nothing exists that is not used. fill=False
+    leaves the parameters uninitialised, for whoever fills them in later.
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None):
+    def __init__(self, config: MambaConfig, device=None, dtype=None, *, fill: bool = True):
         super().__init__()
         m, d, n, r, w = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
         kw = {"device": device, "dtype": dtype}
@@ -45,6 +47,8 @@ class MambaMixer(ExactParameters):
         self.A_log = nn.Parameter(torch.empty(d, n, device=device))  # A = -exp(A_log), always float32
         self.D = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
+        if fill:
+            init_mixer(self, config)
 
     def forward(self, u: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None,
                 return_states: int | None = None, delta: Tensor | None = None):  # fmt: skip

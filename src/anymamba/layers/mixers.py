@@ -15,5 +15,5 @@ CONSTANTS = {"A_log", "A_imag", "P", "B", "C"}  # parameters of two axes or more
 
 
 def make_mixer(config: MambaConfig, device=None, dtype=None) -> nn.Module:
-    """The mixer that the config names, uninitialised: `layers.init` fills it."""
-    return KINDS[config.mixer](config, device=device, dtype=dtype)
+    """The mixer that the config names, uninitialised: `MambaLM.reset_parameters` fills it."""
+    return KINDS[config.mixer](config, device=device, dtype=dtype, fill=False)

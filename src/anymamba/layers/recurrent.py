@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 from anymamba.config import MambaConfig
+from anymamba.layers.init import init_mixer
 from anymamba.layers.linear import Linear
 from anymamba.layers.sequence import SequenceMixer
 from anymamba.state import LayerState
@@ -22,11 +23,13 @@ class RecurrentMixer(SequenceMixer):
     smaller `expand` makes models of one size. The state is h, for an LSTM h and c.
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None):
+    def __init__(self, config: MambaConfig, device=None, dtype=None, *, fill: bool = True):
         super().__init__(config)
         m, d = config.d_model, config.d_inner
         self.cell = KINDS[config.mixer](m, d, batch_first=True, device=device, dtype=dtype)
         self.out_proj = Linear(d, m, bias=config.bias, device=device, dtype=dtype)
+        if fill:
+            init_mixer(self, config)
 
     def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.read`."""

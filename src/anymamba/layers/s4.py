@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from anymamba.config import MambaConfig
+from anymamba.layers.init import init_mixer
 from anymamba.layers.s4d import S4DMixer
 from anymamba.reference import dense, discretize, dplr
 
@@ -17,12 +18,16 @@ class S4Mixer(S4DMixer):
     Everything is real, as in `reference.dplr.matrix`: a = exp(A_log) and ω = A_imag are (d,n/2), P, B, C (d,n), and the
     state (b,d,n). A is stable for every value that training may give them. It is run in chunks of time, with matrices
     n × n for each channel, not by S4's transforms: n is small, and so the state after any step is at hand.
+
+    discretization="bilinear" is S4's own, and the fastest here; the others take a matrix exponential at every call.
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None):
-        super().__init__(config, device=device, dtype=dtype)
+    def __init__(self, config: MambaConfig, device=None, dtype=None, *, fill: bool = True):
+        super().__init__(config, device=device, dtype=dtype, fill=False)
         for name in ("P", "B", "C"):  # C is real here
             setattr(self, name, nn.Parameter(torch.empty(config.d_inner, config.d_state, device=device)))
+        if fill:
+            init_mixer(self, config)
 
     def _ssm(self, x, state, lengths):
         own = self.A_log.exp(), self.A_imag, self.P, self.B, self.C, self.D, self.log_dt.exp()

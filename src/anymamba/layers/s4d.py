@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anymamba.config import MambaConfig
 from anymamba.layers.exact import ExactParameters
+from anymamba.layers.init import init_mixer
 from anymamba.layers.linear import Linear
 from anymamba.layers.sequence import SequenceMixer
 from anymamba.ops import causal_conv1d, time_invariant_scan
@@ -23,7 +24,7 @@ class S4DMixer(ExactParameters, SequenceMixer):
     The state keeps real and imaginary parts side by side, (b,d,d_state).
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None):
+    def __init__(self, config: MambaConfig, device=None, dtype=None, *, fill: bool = True):
         super().__init__(config)
         m, d, n, w = config.d_model, config.d_inner, config.d_state // 2, config.d_conv
         kw = {"device": device, "dtype": dtype}
@@ -36,6 +37,8 @@ class S4DMixer(ExactParameters, SequenceMixer):
         self.D = nn.Parameter(torch.empty(d, device=device))
         self.log_dt = nn.Parameter(torch.empty(d, device=device))
         self.out_proj = Linear(d, m, bias=config.bias, **kw)
+        if fill:
+            init_mixer(self, config)
 
     def read(self, u: Tensor, state: LayerState, lengths: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.read`. One pass over time, or convolutions of chunks."""

@@ -58,6 +58,8 @@ class SequenceMixer(nn.Module):
         """Sequences of similar lengths side by side, padded; of very different ones, one after the other."""
         check_bounds(cu_seqlens, u.shape[1])
         lengths, total = cu_seqlens.diff().to(u.device), u.shape[1]
+        if total == 0:
+            return u, state
         s, longest = len(lengths), int(lengths.max())
         if s * longest > WASTE * total:
             return self._read_one_by_one(u, state, lengths.tolist())

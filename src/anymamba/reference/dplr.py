@@ -76,6 +76,8 @@ def kernel(L: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) 
 
 def legs(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """HiPPO-LegS for an even n: a, ω (n/2,), P, B (n,), A = `matrix(a, ω, P)`, all real, in an orthogonal basis."""
+    if n % 2:
+        raise ValueError(f"dplr.legs: n={n}, but states come in pairs: take an even number")
     pairs = slice(n // 2, n)  # one of each: ω > 0, as eigenvalues come in rising order
     L, P, B, _ = hippo.normal_plus_low_rank(n)
     P, B = (math.sqrt(2) * torch.view_as_real(v[pairs].resolve_conj()).flatten() for v in (P, B))

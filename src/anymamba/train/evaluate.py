@@ -12,6 +12,7 @@ import torch
 
 from anymamba.data import heldout_batches
 from anymamba.errors import AnymambaError
+from anymamba.generate.checks import require_vocabulary
 from anymamba.model import MambaLM, eval_mode
 from anymamba.train.hardware import to_device
 
@@ -57,6 +58,7 @@ def evaluate(
 
     Raises AnymambaError for sizes below 1, fewer than 2 tokens, and ids outside the vocabulary.
     """
+    require_vocabulary("evaluate", model)
     for name, value in {
         "context": context,
         "batch_size": batch_size,
