@@ -28,10 +28,10 @@ def as_tensor(v: Any, who: str, device: torch.device | str | None = None, what: 
         return v
     try:
         # lists by way of numpy, which takes a fifth of the time: a prompt may have 100,000 tokens
-        v = np.asarray(v) if isinstance(v, list) else v
-        if isinstance(v, np.ndarray):  # torch takes no reversed ones, and none that must not be written to
-            v = np.require(v, requirements="CW")
-        return torch.as_tensor(v, device=device)
+        array = np.asarray(v) if isinstance(v, list) else v
+        if isinstance(array, np.ndarray):  # torch takes no reversed ones, and none that must not be written to
+            array = np.require(array, requirements="CW")
+        return torch.as_tensor(array, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"{who}: a {type(v).__name__} that makes no tensor ({error})"
         raise AnymambaError(f"{got}; give {what}, in rows of one length") from None
