@@ -25,7 +25,7 @@ from anymamba.generate.checks import (
 from anymamba.generate.decode import Decoder
 from anymamba.generate.prefix import PrefixCache
 from anymamba.generate.requests import Counters, Handle, QueueFull, Request
-from anymamba.generate.rows import Row, Rules, as_lengths, read
+from anymamba.generate.rows import Row, Rules, lengths_of, read
 from anymamba.generate.sampling import Drawn, choose_each, row_generators
 
 
@@ -205,7 +205,7 @@ class Engine:
     def _read_pieces(self, jobs, pieces):
         device = self._model.device
         ids = pad_sequence(pieces, batch_first=True).to(device)
-        lengths = as_lengths([len(piece) for piece in pieces], device)
+        lengths = lengths_of([len(piece) for piece in pieces], device)
         logits, state = read(self._model, ids, joined([job.state for job in jobs]), lengths)
         for i, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
             job.position += len(piece)

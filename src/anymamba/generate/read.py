@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anymamba.errors import AnymambaError
 from anymamba.generate.checks import checked_ids, require_positive, require_vocabulary
-from anymamba.generate.rows import as_lengths
+from anymamba.generate.rows import lengths_of
 from anymamba.model import PIECE
 from anymamba.state import MambaState
 
@@ -128,7 +128,7 @@ def read_batch(
     ids = pad_sequence(list(prompts), batch_first=True).to(model.device)
     for start in range(0, ids.shape[1], chunk):
         here = [min(max(count - start, 0), chunk) for count in counts]
-        lengths = as_lengths(here, model.device)
+        lengths = lengths_of(here, model.device)
         out = model(ids[:, start : start + chunk], state=state, lengths=lengths, last_only=True)
         new, state = out.logits[:, -1], out.state
         logits = new if logits is None or lengths is None else torch.where(lengths[:, None] > 0, new, logits)

@@ -113,7 +113,7 @@ class Text:
             self.text, self.stopped = self.text[: min(places)], True
 
 
-def as_lengths(counts, device):
+def lengths_of(counts, device):
     """Tokens of each row for a model; None where all are as long as the longest.
 
     With lengths a model lays rows end to end, where `inspect` cannot tell one from the next.
